@@ -1,0 +1,13 @@
+"""The two ways a user's input can be wrong, and the exit code each one ends with."""
+
+
+class InputError(Exception):
+    """The input or the result is bad: one line saying what, where and what to do. Commands exit with 1."""
+
+    exit_code = 1
+
+
+class UsageError(InputError):
+    """The command or its configuration is wrong (unknown key, value out of range). Commands exit with 2."""
+
+    exit_code = 2

@@ -1,0 +1,48 @@
+"""Packaging of fastsskd.
+
+The folder ``kernels/`` installs as ``fastsskd_kernels``: the name ``kernels`` belongs to another project on PyPI.
+``tests``, ``launch`` and ``benchmarks`` are run from the checkout and never installed.
+"""
+
+from pathlib import Path
+
+from setuptools import setup
+
+VERSION = "0.1.0"
+
+setup(
+    name="fastsskd",
+    version=VERSION,
+    description="Audio self-supervision and distillation (ACM-SSKD) around a loader that never makes a GPU wait",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    package_dir={"fastsskd": "fastsskd", "fastsskd_kernels": "kernels"},
+    packages=["fastsskd", "fastsskd.teachers", "fastsskd_kernels"],
+    install_requires=[
+        "torch>=2.11,<2.12",
+        "torchaudio>=2.11,<2.12",
+        "torchvision>=0.26,<0.27",
+        "timm>=1.0.20,<1.1",
+        "numba>=0.65,<0.70",
+        "numpy>=2.0,<2.6",
+        # Exact: the shm-comm switch in launch/train.py and the checkpoint layout lean on private names of this version.
+        "deepspeed==0.19.8",
+        "scikit-image>=0.25,<0.27",
+        "scikit-learn>=1.6,<2",
+        "pyarrow>=18,<27",
+        "soundfile>=0.13,<0.15",
+        "safetensors>=0.5,<1",
+        "tensorboard>=2.18,<3",
+        "matplotlib>=3.10,<4",
+        "tomli>=2; python_version < '3.11'",
+    ],
+    extras_require={
+        # Choose exactly one: the wheels share one import name. V100 (sm_70) needs cuda12, newer cards cuda13.
+        "cuda13": ["nvidia-dali-cuda130>=2.4,<2.5"],
+        "cuda12": ["nvidia-dali-cuda120>=1.50,<2.5"],
+        "test": ["pytest>=8,<10", "hypothesis>=6.100,<7", "ruff>=0.14,<0.18"],
+    },
+    entry_points={"console_scripts": ["fastsskd=fastsskd.cli:main"]},
+)
