@@ -1,0 +1,33 @@
+"""Array in, array out: features, patch statistics, masks and random numbers of fastsskd.
+
+Every operation has a torch reference, which runs on any device and is the truth; where speed on a CPU counts there is a
+numba version beside it that gives the same numbers. Nothing here reads a file, keeps state or hides a random draw.
+"""
+
+from fastsskd_kernels.backend import resolve_backend
+from fastsskd_kernels.crop import crop_or_loop, crop_start
+from fastsskd_kernels.fbank import fbank
+from fastsskd_kernels.features import features, pad_frames, padded_frames
+from fastsskd_kernels.hog import hog, hog_patch_mean
+from fastsskd_kernels.kaldi import num_frames
+from fastsskd_kernels.masks import inter_patch_mask, intra_patch_mask, patch_weight
+from fastsskd_kernels.random import derive_seed, derive_seeds, uniform
+
+__all__ = [
+    "crop_or_loop",
+    "crop_start",
+    "derive_seed",
+    "derive_seeds",
+    "fbank",
+    "features",
+    "hog",
+    "hog_patch_mean",
+    "inter_patch_mask",
+    "intra_patch_mask",
+    "num_frames",
+    "pad_frames",
+    "padded_frames",
+    "patch_weight",
+    "resolve_backend",
+    "uniform",
+]

@@ -1,0 +1,81 @@
+"""Augmentation of the labelled stage, on normalised spectrograms. Every draw comes from the clip's seed."""
+
+from __future__ import annotations
+
+import fastsskd_kernels as kernels
+import torch
+from torch import Tensor
+
+from fastsskd.config import AugmentConfig
+
+_STREAM = 110  # random streams 110, 111, 112
+
+
+def augment(fbank: Tensor, seed: Tensor, config: AugmentConfig, num_frames: int) -> Tensor:
+    """Roll, noise, time and frequency bands, as switched on.
+
+    Args:
+        fbank: ``(B, T, F)`` normalised.
+        seed: ``(B,)`` int64, one a clip.
+        num_frames: frames that are not padding; only these are rolled.
+    """
+    draws = kernels.uniform(seed, 6, stream=_STREAM)
+    if config.time_roll:
+        fbank = _roll(fbank, draws[:, 0], num_frames)
+    if config.noise > 0:
+        fbank = _add_noise(fbank, seed, draws[:, 1] * config.noise)
+    if config.time_mask:
+        fbank = fbank.masked_fill(_band(fbank.shape[1], config.time_mask, draws[:, 2], draws[:, 3])[:, :, None], 0.0)
+    if config.freq_mask:
+        fbank = fbank.masked_fill(_band(fbank.shape[2], config.freq_mask, draws[:, 4], draws[:, 5])[:, None, :], 0.0)
+    return fbank
+
+
+def mixup_partner(seed: Tensor, config: AugmentConfig) -> tuple[Tensor, Tensor]:
+    """Whom each clip is mixed with, and its own share.
+
+    Returns:
+        ``(B,)`` int64 partners (the batch rotated by one place) and ``(B,)`` float32 ratios; 1 = not mixed.
+    """
+    partner = torch.arange(len(seed), device=seed.device).roll(1)
+    # The median of 2a - 1 uniform draws is distributed as Beta(a, a).
+    draws = kernels.uniform(seed, 2 * config.mixup_alpha, stream=_STREAM + 1)
+    ratio = draws[:, 1:].median(dim=1).values
+    return partner, torch.where(draws[:, 0] < config.mixup, ratio, torch.ones_like(ratio))
+
+
+def mix_fbank(fbank: Tensor, partner: Tensor, ratio: Tensor, mean: float, std: float) -> Tensor:
+    """Mix in the power domain, which is what adding two unrelated waveforms does to their expected spectrum."""
+    scale = 2.0 * std
+    power = (fbank * scale + mean).exp()
+    ratio = ratio.view(-1, 1, 1)
+    mixed = ratio * power + (1.0 - ratio) * power[partner]
+    return (mixed.clamp_min(torch.finfo(torch.float32).tiny).log() - mean) / scale
+
+
+def _roll(fbank: Tensor, share: Tensor, num_frames: int) -> Tensor:
+    """Rotate each clip's frames along time by its own share of their number; the padding stays at the end."""
+    place = torch.arange(fbank.shape[1], device=fbank.device)
+    shift = (share * num_frames).long()
+    rolled = (place[None] - shift[:, None]) % num_frames
+    index = torch.where(place < num_frames, rolled, place)
+    return fbank.gather(1, index[:, :, None].expand_as(fbank))
+
+
+def _add_noise(fbank: Tensor, seed: Tensor, level: Tensor) -> Tensor:
+    """Gaussian noise from the clips' seeds (Box-Muller), standard deviation ``level`` ``(B,)``."""
+    count = fbank[0].numel()
+    half = (count + 1) // 2
+    draws = kernels.uniform(seed, 2 * half, stream=_STREAM + 2)
+    radius = (-2.0 * torch.log1p(-draws[:, :half])).sqrt()
+    angle = 2.0 * torch.pi * draws[:, half:]
+    normal = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count]
+    return fbank + level.view(-1, 1, 1) * normal.view_as(fbank)
+
+
+def _band(size: int, widest: int, width: Tensor, start: Tensor) -> Tensor:
+    """``(B, size)`` bool: a band of 0 to ``widest`` places at a random start."""
+    width = (width * (min(widest, size) + 1)).long()
+    start = (start * (size - width + 1)).long()
+    place = torch.arange(size, device=width.device)
+    return (place >= start[:, None]) & (place < (start + width)[:, None])

@@ -1,0 +1,108 @@
+"""From plain columns (paths, labels, folds ...) to a manifest: the last step of every reader of a data set."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fastsskd.clip_table import SCHEMA, WHOLE_FILE, Manifest, one_chunk
+from fastsskd.errors import InputError
+
+
+def from_columns(
+    paths,
+    *,
+    root: str | Path,
+    keys=None,
+    labels=None,
+    classes: Sequence[str] = (),
+    multi_label: bool = False,
+    folds=None,
+    splits=None,
+    starts=None,
+    ends=None,
+    source: str = "",
+    absent: Sequence[str] = (),
+) -> Manifest:
+    """Manifest from plain columns of equal length.
+
+    Args:
+        paths: strings, relative to `root` or absolute.
+        root: folder that relative paths start from.
+        keys: unique strings; default: the paths.
+        labels: None, (n,) int with -1 = unlabelled, or an Arrow list array of label ids.
+        classes: names in label-id order.
+        multi_label: whether clips may carry several labels.
+        folds: (n,) int, default 0. splits: (n,) int codes, default 0.
+        starts: (n,) seconds, default 0. ends: (n,) seconds, default -1.
+        source: name of the layout.
+        absent: names of listed files that are not there.
+
+    Raises:
+        InputError: two clips have the same key.
+    """
+    paths = strings(paths)
+    n = len(paths)
+    keys = paths if keys is None else strings(keys)
+    _refuse_duplicates(keys, root)
+    columns = {
+        "key": keys,
+        "path": paths,
+        "labels": _label_lists(labels, n),
+        "fold": pa.array(np.zeros(n, np.int16) if folds is None else np.asarray(folds, np.int16)),
+        "split": pa.array(np.zeros(n, np.int8) if splits is None else np.asarray(splits, np.int8)),
+        "start": pa.array(np.full(n, WHOLE_FILE[0], np.float32) if starts is None else np.asarray(starts, np.float32)),
+        "end": pa.array(np.full(n, WHOLE_FILE[1], np.float32) if ends is None else np.asarray(ends, np.float32)),
+        "bad": pa.repeat("", n),
+    }
+    table = pa.table([columns[name] for name in SCHEMA.names], schema=SCHEMA)
+    return Manifest(
+        table, classes=classes, multi_label=multi_label, root=Path(root).absolute(), source=source, absent=absent
+    )
+
+
+def _label_lists(labels, n: int) -> pa.ListArray:
+    if labels is None:
+        labels = np.full(n, -1)
+    if isinstance(labels, pa.ListArray):
+        return labels.cast(pa.list_(pa.int16()))
+    labels = np.asarray(labels)
+    has_label = labels >= 0
+    offsets = np.concatenate([[0], np.cumsum(has_label)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(labels[has_label].astype(np.int16)))
+
+
+def _refuse_duplicates(keys: pa.Array, root: str | Path) -> None:
+    if pc.count_distinct(keys).as_py() == len(keys):
+        return
+    counts = pc.value_counts(keys)
+    most = counts[int(np.argmax(counts.field("counts").to_numpy()))].as_py()
+    raise InputError(
+        f"{root}: {most['counts']} clips have the key {most['values']!r}; keys must be unique: rename or remove one"
+    )
+
+
+def strings(values) -> pa.Array:
+    """One contiguous Arrow string array from a sequence or another Arrow array."""
+    if isinstance(values, pa.ChunkedArray):
+        values = one_chunk(values)
+    return values.cast(pa.string()) if isinstance(values, pa.Array) else pa.array(values, pa.string())
+
+
+def split_names(text: pa.Array, separator: str) -> tuple[pa.Array, pa.Array]:
+    """Names in strings such as `dog;car`: blanks around them and empty ones are dropped.
+
+    Args:
+        text: (n,) strings. separator: what stands between names.
+
+    Returns:
+        (p,) all names in order, and (n + 1,) int32 offsets of each row's names among them.
+    """
+    parts = pc.split_pattern(text, separator)
+    owner = pc.list_parent_indices(parts).to_numpy()
+    names = pc.utf8_trim_whitespace(parts.flatten())
+    named = pc.not_equal(names, "")
+    counts = np.bincount(owner[named.to_numpy(zero_copy_only=False)], minlength=len(text))
+    return names.filter(named), pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))

@@ -1,0 +1,110 @@
+"""Supervised learning with knowledge distillation (Section 3.4): Batch -> (loss, metrics)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastsskd import losses
+from fastsskd.augment import augment, mix_fbank, mixup_partner
+from fastsskd.config import AugmentConfig, DataConfig, DistillConfig
+from fastsskd.errors import UsageError
+from fastsskd.loader import Batch
+from fastsskd.model import ACM
+from fastsskd.teachers import Teacher
+
+
+class Distill(nn.Module):
+    """One step of ``L = CE(student, labels) + CE(student, teacher) + gamma MSE(student, teacher)`` (Formulas 11-13).
+
+    Args:
+        model: the student; its decoder and MAE module take no part.
+        classes: of the data set, in label order.
+        multi_label: binary cross entropy per class instead of softmax.
+        distill, augmentation, data: sections of the configuration.
+        num_frames: frames of the input that are not padding.
+        teacher: frozen, or None for plain supervised training (Table 8, "None"). It is kept outside the module tree,
+            so that it has no optimizer state, no gradients and no place in the checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: ACM,
+        *,
+        classes: tuple[str, ...],
+        multi_label: bool,
+        distill: DistillConfig,
+        augmentation: AugmentConfig,
+        data: DataConfig,
+        num_frames: int,
+        teacher: Teacher | None = None,
+    ):
+        super().__init__()
+        self.model, self.num_classes, self.multi_label = model, len(classes), multi_label
+        self.distill, self.augmentation, self.data, self.num_frames = distill, augmentation, data, num_frames
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(("mae.", "decoder.")))
+        self._outside = (teacher,)
+        self.uses_scores = teacher is not None and distill.teacher_labels and tuple(teacher.classes) == tuple(classes)
+        if not (distill.labels or self.uses_scores or (teacher is not None and distill.gamma > 0)):
+            raise UsageError("[distill] leaves no loss: labels are off and the teacher gives neither scores nor features")
+        same_width = teacher is None or teacher.embed_dim == model.embed_dim
+        self.projection = None if same_width else nn.Linear(model.embed_dim, teacher.embed_dim)
+
+    @property
+    def teacher(self) -> Teacher | None:
+        return self._outside[0]
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one batch (which carries its waveforms if there is a teacher), and its parts, detached."""
+        fbank, target = batch.fbank, self._targets(batch.label)
+        scores = features = None
+        if self.teacher is not None:
+            scores, features = self._teach(batch.waveform)
+        if self.augmentation.mixup > 0 and len(batch) > 1:
+            partner, ratio = mixup_partner(batch.seed, self.augmentation)
+            fbank = mix_fbank(fbank, partner, ratio, self.data.mean, self.data.std)
+            # The teacher heard the clips one by one; its answers are mixed as the labels are.
+            target, scores, features = (_mix(x, partner, ratio) for x in (target, scores, features))
+        logits, clip = self.model(augment(fbank, batch.seed, self.augmentation, self.num_frames))
+        terms = {}
+        if self.distill.labels:
+            terms["label"] = losses.label_cross_entropy(logits, self._smooth(target), self.multi_label)
+        if scores is not None and self.uses_scores:
+            terms["teacher_label"] = losses.label_cross_entropy(logits, scores, self.multi_label)
+        total = sum(terms.values())
+        if features is not None and self.distill.gamma > 0:
+            clip = clip if self.projection is None else self.projection(clip)
+            terms["regression"] = losses.regression(clip, features)
+            total = total + self.distill.gamma * terms["regression"]
+        metrics = {name: value.detach() for name, value in terms.items()}
+        return total, metrics
+
+    def _targets(self, label: Tensor) -> Tensor:
+        """``(B, C)`` probabilities of the labels."""
+        return label.float() if self.multi_label else F.one_hot(label, self.num_classes).float()
+
+    def _smooth(self, target: Tensor) -> Tensor:
+        share = self.distill.label_smoothing
+        floor = 0.5 if self.multi_label else 1.0 / self.num_classes
+        return target * (1.0 - share) + share * floor if share else target
+
+    @torch.no_grad()
+    def _teach(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
+        """The teacher's class probabilities and clip features."""
+        scores, features = self.teacher(waveform)
+        if self.teacher.score_kind == "logits":
+            scores = scores.sigmoid() if self.multi_label else scores.softmax(dim=-1)
+        elif not self.multi_label:
+            # Per-class probabilities of a multi-label teacher, as the distribution a softmax student can fit.
+            scores = scores / scores.sum(dim=-1, keepdim=True).clamp_min(1e-8)
+        return scores, features
+
+
+def _mix(values: Tensor | None, partner: Tensor, ratio: Tensor) -> Tensor | None:
+    """``ratio * values + (1 - ratio) * values[partner]``, row by row."""
+    if values is None:
+        return None
+    ratio = ratio.view(-1, *[1] * (values.dim() - 1)).to(values.dtype)
+    return ratio * values + (1.0 - ratio) * values[partner]

@@ -1,0 +1,76 @@
+"""Ranks: start them, and let them agree on small things without touching the device."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def start(device: str) -> None:
+    """Initialise DeepSpeed's process group: NCCL on GPUs, gloo on CPUs; a lone process becomes rank 0 of 1.
+
+    ``device`` is ``"cpu"`` or ``"cuda"``.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.ops
+
+    # On a CPU DeepSpeed would compile a shared-memory collective (43 s, needs ninja, leaves 69 MB a rank in /dev/shm)
+    # that gloo does without. A private name: setup.py pins the version.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """``value`` of every rank, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    gathered = [None] * world_size()
+    dist.all_gather_object(gathered, value, group=_cpu_group())
+    return gathered
+
+
+def gather_numbers(values: list[int]) -> list[list[int]]:
+    """The same small list of integers of every rank; on the CPU, so that the device's queue is not waited for."""
+    if world_size() == 1:
+        return [values]
+    own = torch.tensor(values, dtype=torch.int64)
+    gathered = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(gathered, own, group=_cpu_group())
+    return [other.tolist() for other in gathered]
+
+
+_group: Any = None
+
+
+def _cpu_group() -> Any:
+    global _group
+    if _group is None:
+        _group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    return _group

@@ -1,0 +1,213 @@
+"""The training loop of one stage, over a DeepSpeed engine or anything else with ``backward`` and ``step``."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fastsskd_kernels import derive_seed
+from torch import Tensor
+
+from fastsskd import distributed
+from fastsskd.errors import InputError
+from fastsskd.loader import Batch, Loader
+from fastsskd.schedule import learning_rate, set_learning_rate
+
+
+class Stopped(Exception):
+    """The run was asked to stop (SIGTERM, Ctrl-C) and every rank saved the same step."""
+
+
+class StopFlag:
+    """Set by SIGTERM and SIGINT; a second SIGINT kills at once."""
+
+    def __init__(self):
+        self.set = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.set = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What the loop needs to know of a stage.
+
+    Attributes:
+        name: such as ``"iter1-ssl"``.
+        total_steps, steps_per_epoch, warmup_steps: in optimizer steps.
+        peak_lr, schedule: see :func:`fastsskd.schedule.learning_rate`.
+        accumulation: micro-batches per optimizer step.
+        seed: of the draws inside the model (stochastic depth).
+        log_every: optimizer steps between two calls of ``on_log``.
+    """
+
+    name: str
+    total_steps: int
+    steps_per_epoch: int
+    warmup_steps: int
+    peak_lr: float
+    schedule: str
+    accumulation: int
+    seed: int
+    log_every: int
+
+
+@dataclass(frozen=True)
+class Log:
+    """Means since the last log.
+
+    Attributes:
+        step: optimizer steps done in this stage.
+        metrics: ``loss`` and its parts.
+        lr, grad_norm: of the last step; the norm is before clipping and NaN where the engine does not tell.
+        clips: clips trained on, over all ranks.
+        seconds: wall time.
+        wait: share of it that this rank waited for data.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    lr: float
+    grad_norm: float
+    clips: int
+    seconds: float
+    wait: float
+
+
+def train_stage(
+    engine: Any,
+    loader: Loader,
+    plan: StagePlan,
+    *,
+    start_step: int = 0,
+    stop: StopFlag | None = None,
+    on_log: Callable[[Log], None] = lambda log: None,
+    on_step: Callable[[int, bool], None] = lambda step, stopping: None,
+) -> None:
+    """Train from ``start_step`` to the end of the stage.
+
+    Args:
+        engine: ``engine(batch) -> (loss, metrics)``, ``engine.backward(loss)``, ``engine.step()``.
+        loader: at the cursor that belongs to ``start_step``.
+        on_log: called every ``plan.log_every`` steps.
+        on_step: called after each optimizer step with the number done and whether the run is stopping; saves.
+
+    Raises:
+        Stopped: after ``on_step`` of the step at which all ranks agreed to stop.
+        InputError: the loss is not finite.
+    """
+    engine.train()
+    batches = _forever(loader)
+    meter = _Meter(plan.log_every, start_step)
+    for step in range(start_step, plan.total_steps):
+        lr = learning_rate(step, plan.total_steps, plan.warmup_steps, plan.peak_lr, plan.schedule)
+        set_learning_rate(engine.optimizer, lr)
+        # The model's own draws are a function of the step: a resumed run repeats them without saved generator states.
+        torch.manual_seed(derive_seed(plan.seed, step, distributed.rank()))
+        micro_batches = [meter.wait(batches) for _ in range(plan.accumulation)]
+        weights, clips, stopping = _agree(micro_batches, stop is not None and stop.set)
+        _step(engine, micro_batches, weights, meter)
+        meter.count(clips)
+        if meter.due(step + 1) or step + 1 == plan.total_steps or stopping:
+            on_log(_checked(meter.log(step + 1, lr, _grad_norm(engine)), plan.name))
+        on_step(step + 1, stopping)
+        if stopping:
+            raise Stopped(f"{plan.name}: stopped after step {step + 1}")
+
+
+def _forever(loader: Loader):
+    while True:
+        yield from loader
+
+
+def _agree(micro_batches: list[Batch], stop: bool) -> tuple[list[float], int, bool]:
+    """What every rank must know before the step.
+
+    Returns:
+        The weight of each micro-batch's loss here, such that the step averages over all good clips of the global batch
+        (0 = skipped: some rank has none left of it); the clips of the step over all ranks; whether any rank stops.
+    """
+    own = [*(len(batch) for batch in micro_batches), int(stop)]
+    ranks = distributed.gather_numbers(own)
+    counts = [[numbers[m] for numbers in ranks] for m in range(len(micro_batches))]
+    used = [min(count) > 0 for count in counts]
+    total = sum(sum(count) for count, use in zip(counts, used, strict=True) if use)
+    # DeepSpeed averages over ranks and divides by the accumulation steps.
+    scale = len(ranks) * len(micro_batches) / max(total, 1)
+    weights = [own[m] * scale if use else 0.0 for m, use in enumerate(used)]
+    return weights, total, any(numbers[-1] for numbers in ranks)
+
+
+def _step(engine: Any, micro_batches: list[Batch], weights: list[float], meter: _Meter) -> None:
+    """Forward and backward of the micro-batches that have clips on every rank, then the optimizer."""
+    used = [(batch, weight) for batch, weight in zip(micro_batches, weights, strict=True) if weight > 0]
+    for number, (batch, weight) in enumerate(used, 1):
+        if len(micro_batches) > 1:
+            engine.set_gradient_accumulation_boundary(number == len(used))
+        loss, metrics = engine(batch)
+        engine.backward(loss * weight if weight != 1.0 else loss)
+        engine.step()
+        meter.add({"loss": loss.detach(), **metrics}, weight / len(micro_batches))
+
+
+def _grad_norm(engine: Any) -> float:
+    norm = getattr(engine, "get_global_grad_norm", lambda: None)()
+    return math.nan if norm is None else float(norm)
+
+
+def _checked(log: Log, name: str) -> Log:
+    loss = log.metrics.get("loss", 0.0)
+    if not math.isfinite(loss):
+        bad = [key for key, value in log.metrics.items() if key != "loss" and not math.isfinite(value)]
+        raise InputError(
+            f"{name}: the loss is {loss} by step {log.step} ({', '.join(bad) or 'in total'}); lower the learning rate "
+            "or use bf16 or fp32; --resume continues from the last checkpoint"
+        )
+    return log
+
+
+class _Meter:
+    """Sums between two logs; the losses stay on the device until the log."""
+
+    def __init__(self, every: int, start_step: int):
+        self.every = every
+        self._reset(start_step)
+
+    def _reset(self, step: int) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.weight, self.clips, self.waited = 0.0, 0, 0.0
+        self.begin, self.begin_step = time.perf_counter(), step
+
+    def wait(self, batches: Any) -> Batch:
+        begin = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - begin
+        return batch
+
+    def add(self, metrics: dict[str, Tensor], weight: float) -> None:
+        for name, value in metrics.items():
+            value = value.float() * weight
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.weight += weight
+
+    def count(self, clips: int) -> None:
+        self.clips += clips
+
+    def due(self, step: int) -> bool:
+        return step % self.every == 0
+
+    def log(self, step: int, lr: float, grad_norm: float) -> Log:
+        """Close the interval: this waits for the device."""
+        metrics = {name: float(value) / max(self.weight, 1e-9) for name, value in self.sums.items()}
+        seconds = time.perf_counter() - self.begin
+        log = Log(step, metrics, lr, grad_norm, self.clips, seconds, self.waited / max(seconds, 1e-9))
+        self._reset(step)
+        return log

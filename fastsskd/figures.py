@@ -1,0 +1,81 @@
+"""Pictures of a run: loss curves, and what the views and the reconstruction of one clip look like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from fastsskd.config import MaskConfig
+from fastsskd.loader import Batch
+from fastsskd.model import ACM, PATCH, unpatchify
+from fastsskd.views import make_views
+
+_NOT_LOSSES = {
+    "stage", "step", "epoch", "lr", "grad_norm", "clips_per_second", "clips", "seconds", "wait", "loss", "feature_std",
+}  # fmt: skip
+
+
+def loss_curves(lines: list[dict[str, Any]], path: Path) -> None:
+    """One panel a stage: the total loss and its terms over epochs, each term on the same logarithmic axis."""
+    stages = list(dict.fromkeys(line["stage"] for line in lines))
+    columns = min(len(stages), 3)
+    rows = -(-len(stages) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(5.2 * columns, 3.6 * rows), squeeze=False, layout="constrained")
+    for axis, stage in zip(axes.flat, stages, strict=False):
+        own = [line for line in lines if line["stage"] == stage]
+        epochs = [line["epoch"] for line in own]
+        axis.plot(epochs, [line["loss"] for line in own], color="black", lw=2, label="total")
+        for name in own[0]:
+            if name not in _NOT_LOSSES:
+                style = "--" if name.endswith("_inter") else "-"
+                axis.plot(epochs, [line[name] for line in own], style, lw=1, label=name)
+        axis.set(title=stage, xlabel="epoch", yscale="log")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7, ncols=2)
+    for axis in list(axes.flat)[len(stages) :]:
+        axis.set_axis_off()
+    figure.suptitle("Losses")
+    _save(figure, path)
+
+
+@torch.no_grad()
+def views_figure(model: ACM, batch: Batch, mask: MaskConfig, path: Path) -> None:
+    """One clip: spectrogram, HOG weights, the intra and inter views, and both reconstructions."""
+    views = make_views(batch, mask)
+    grid = model.grid_size
+    intra = model.decode(model.features(views.intra))
+    inter = model.decode(model.features_inter(views.raw, views.ids_keep))
+    hidden = views.raw.masked_fill(views.inter_mask.unsqueeze(-1), 0.0)
+    per_patch = views.weight.unsqueeze(-1).expand(-1, -1, PATCH * PATCH)
+    pictures = [
+        ("log-mel spectrogram (normalised)", views.raw),
+        ("HOG weight of each patch (Formula 1)", per_patch),
+        ("intra-patch view: bands inside patches masked", views.intra),
+        ("reconstructed from the intra view", intra),
+        (f"inter-patch view: {100 * mask.inter_ratio:.0f} % of the patches masked", hidden),
+        ("reconstructed from the inter view", inter),
+    ]
+    figure, axes = plt.subplots(3, 2, figsize=(13, 8), layout="constrained")
+    spectrogram = views.raw[0].numpy()
+    low, high = np.percentile(spectrogram, [1, 99.5])
+    for axis, (title, patches) in zip(axes.flat, pictures, strict=True):
+        picture = unpatchify(patches[:1].float(), grid)[0].T.numpy()
+        limits = (0.0, 1.0) if "weight" in title else (low, high)
+        image = axis.imshow(picture, origin="lower", aspect="auto", vmin=limits[0], vmax=limits[1], cmap="magma")
+        axis.set(title=title, xlabel="frame (10 ms)", ylabel="mel bin")
+        figure.colorbar(image, ax=axis, pad=0.01)
+    figure.suptitle(f"Views of {batch.key[0]}")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

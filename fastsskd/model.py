@@ -1,0 +1,243 @@
+"""The model: patch embedding, AFT, MAE module, decoder and class head (Figure 2; README, "Method").
+
+Shapes: a spectrogram is ``(B, T, F)``, frames by mel bins; its patches are ``(B, N, 256)``, time-major, so patch
+``n = t * grid_f + f``; tokens are ``(B, N, D)``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastsskd.errors import UsageError
+
+PATCH = 16  # frames, and mel bins, of a patch's side
+NUM_MEL_BINS = 128
+
+
+@dataclass(frozen=True)
+class Size:
+    """Widths, depths and heads of one preset, for the AFT and for the MAE module."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mae_dim: int
+    mae_depth: int
+    mae_heads: int
+
+
+SIZES = {
+    "base": Size(768, 12, 12, 256, 4, 4),
+    "small": Size(384, 12, 6, 128, 4, 2),
+    "tiny": Size(192, 12, 3, 64, 4, 2),
+    "micro": Size(192, 6, 3, 64, 2, 2),
+    "nano": Size(64, 2, 2, 32, 1, 2),
+}
+
+
+def num_input_frames(seconds: float) -> int:
+    """Frames of the model's input for a crop of ``seconds``: 10 ms frames, padded to the next multiple of 32.
+
+    This gives the field's 1024 for 10 s (998 frames) and 512 for 5 s (498).
+    """
+    frames = 1 + (round(seconds * 16000) - 400) // 160
+    return -(-frames // 32) * 32
+
+
+def patchify(spectrogram: Tensor) -> Tensor:
+    """``(B, T, F)`` -> ``(B, N, 256)``, time-major; inside a patch, frames then mel bins."""
+    b, t, f = spectrogram.shape
+    x = spectrogram.reshape(b, t // PATCH, PATCH, f // PATCH, PATCH)
+    return x.transpose(2, 3).reshape(b, -1, PATCH * PATCH)
+
+
+def unpatchify(patches: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """``(B, N, 256)`` -> ``(B, T, F)``: the inverse of :func:`patchify`."""
+    b = patches.shape[0]
+    x = patches.reshape(b, grid_size[0], grid_size[1], PATCH, PATCH).transpose(2, 3)
+    return x.reshape(b, grid_size[0] * PATCH, grid_size[1] * PATCH)
+
+
+def _blocks(dim: int, depth: int, heads: int, drop_path: float = 0.0) -> nn.ModuleList:
+    """Pre-norm ViT blocks; stochastic depth grows linearly from 0 to ``drop_path``."""
+    norm = partial(nn.LayerNorm, eps=1e-6)
+    rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+    return nn.ModuleList(Block(dim, heads, qkv_bias=True, norm_layer=norm, drop_path=rate) for rate in rates)
+
+
+class MAE(nn.Module):
+    """The MAE module of ``AFT(MAE(x_inter))``: encodes the visible patches only and gives back all N tokens.
+
+    The visible tokens pass a narrow transformer and return as a residual on themselves, so the AFT sees those patches
+    on the scale of the raw view. Masked places hold the mask token plus their position.
+    """
+
+    def __init__(self, embed_dim: int, dim: int, depth: int, num_heads: int):
+        super().__init__()
+        self.reduce = nn.Linear(embed_dim, dim)
+        self.blocks = _blocks(dim, depth, num_heads)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.expand = nn.Linear(dim, embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+
+    def forward(self, tokens: Tensor, position: Tensor, ids_keep: Tensor) -> Tensor:
+        """Encode the visible tokens and fill the masked places.
+
+        Args:
+            tokens: ``(B, N, D)`` patch embeddings with their positions.
+            position: ``(1, N, D)`` position embedding.
+            ids_keep: ``(B, V)`` int64, the visible patches.
+
+        Returns:
+            ``(B, N, D)``: what the AFT's blocks take.
+        """
+        b, n, d = tokens.shape
+        index = ids_keep.unsqueeze(-1).expand(-1, -1, d)
+        visible = tokens.gather(1, index)
+        x = self.reduce(visible)
+        for block in self.blocks:
+            x = block(x)
+        visible = visible + self.expand(self.norm(x))
+        filled = (self.mask_token + position).to(visible.dtype).expand(b, n, d)
+        return filled.scatter(1, index, visible)
+
+
+class ACM(nn.Module):
+    """Audio classifier with multi-dimensional self-supervision: one set of weights for every stage.
+
+    Args:
+        size: widths and depths.
+        num_classes: outputs of the class head; 0 leaves the head out.
+        grid_size: patches along time and along frequency.
+        drop_path: stochastic depth rate of the last block.
+        activation_checkpointing: recompute each block in the backward pass.
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        num_classes: int,
+        grid_size: tuple[int, int],
+        *,
+        drop_path: float = 0.0,
+        activation_checkpointing: bool = False,
+    ):
+        super().__init__()
+        dim = size.embed_dim
+        self.size, self.num_classes, self.grid_size = size, num_classes, grid_size
+        self.embed_dim = dim
+        self.activation_checkpointing = activation_checkpointing
+        self.patch_embed = nn.Linear(PATCH * PATCH, dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, grid_size[0] * grid_size[1], dim))
+        self.blocks = _blocks(dim, size.depth, size.num_heads, drop_path)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.mae = MAE(dim, size.mae_dim, size.mae_depth, size.mae_heads)
+        self.decoder = nn.Sequential(
+            nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim), nn.GELU(), nn.Linear(dim, PATCH * PATCH)
+        )
+        self.head = nn.Sequential(nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, num_classes)) if num_classes else None
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """ViT's initialisation: truncated normal 0.02 for positions and tokens, Xavier for the linear maps."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.mae.mask_token, std=0.02)
+        if self.head is not None:
+            nn.init.trunc_normal_(self.head[1].weight, std=0.02)
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size[0] * self.grid_size[1]
+
+    def embed(self, patches: Tensor) -> Tensor:
+        """``(B, N, 256)`` patches -> ``(B, N, D)`` tokens with positions."""
+        return self.patch_embed(patches) + self.pos_embed
+
+    def aft(self, tokens: Tensor) -> Tensor:
+        """The Audio Feature Transformer: ``(B, N, D)`` tokens -> ``(B, N, D)`` features."""
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, use_reentrant=False)
+            else:
+                tokens = block(tokens)
+        return self.norm(tokens)
+
+    def features(self, patches: Tensor) -> Tensor:
+        """Features of a spectrogram's patches, ``AFT(x)``: ``(B, N, 256)`` -> ``(B, N, D)``."""
+        return self.aft(self.embed(patches))
+
+    def features_inter(self, patches: Tensor, ids_keep: Tensor) -> Tensor:
+        """Features of the inter-patch view, ``AFT(MAE(x_inter))``; only the patches in ``ids_keep`` are looked at."""
+        return self.aft(self.mae(self.embed(patches), self.pos_embed, ids_keep))
+
+    def decode(self, features: Tensor) -> Tensor:
+        """Features -> the 256 pixels of each patch, ``(B, N, 256)``."""
+        return self.decoder(features)
+
+    def forward(self, spectrogram: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Classify.
+
+        Args:
+            spectrogram: ``(B, T, F)`` normalised fbank, ``T`` and ``F`` as ``grid_size`` says.
+
+        Returns:
+            Logits ``(B, C)`` (None without a head) and the clip feature ``(B, D)``, the AVG pool of the features.
+        """
+        patches = patchify(spectrogram.to(self.patch_embed.weight.dtype))
+        clip = self.features(patches).mean(dim=1)
+        return (None if self.head is None else self.head(clip)), clip
+
+    def num_parameters(self) -> dict[str, int]:
+        """Number of parameters by part, and ``"total"``."""
+        parts = {
+            "patch_embed": sum(p.numel() for p in self.patch_embed.parameters()),
+            "pos_embed": self.pos_embed.numel(),
+            "aft": sum(p.numel() for m in (self.blocks, self.norm) for p in m.parameters()),
+            "mae": sum(p.numel() for p in self.mae.parameters()),
+            "decoder": sum(p.numel() for p in self.decoder.parameters()),
+            "head": 0 if self.head is None else sum(p.numel() for p in self.head.parameters()),
+        }
+        return {**parts, "total": sum(parts.values())}
+
+
+def build_model(
+    size: str,
+    num_classes: int,
+    *,
+    seconds: float = 10.0,
+    drop_path: float = 0.0,
+    activation_checkpointing: bool = False,
+    seed: int = 0,
+) -> ACM:
+    """Build a model with fresh weights drawn from ``seed``; the global random state is left as it was.
+
+    Args:
+        size: a key of :data:`SIZES`; ``"base"`` is the paper's 92 M.
+        num_classes: outputs of the class head, 0 for none.
+        seconds: length of the input clips, which sets the position grid.
+
+    Raises:
+        UsageError: unknown ``size``.
+    """
+    if size not in SIZES:
+        raise UsageError(f"model size {size!r} is not one of {', '.join(SIZES)}")
+    grid_size = (num_input_frames(seconds) // PATCH, NUM_MEL_BINS // PATCH)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ACM(
+            SIZES[size],
+            num_classes,
+            grid_size,
+            drop_path=drop_path,
+            activation_checkpointing=activation_checkpointing,
+        )

@@ -1,0 +1,86 @@
+"""Multi-SSL (Section 3.2 and 3.3): Batch -> (loss, metrics)."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+
+from fastsskd import losses
+from fastsskd.config import LossConfig, MaskConfig
+from fastsskd.loader import Batch
+from fastsskd.model import ACM
+from fastsskd.views import Views, make_views
+
+
+class Pretrain(nn.Module):
+    """One step of multi-dimensional self-supervision.
+
+    Args:
+        model: the model; its class head takes no part.
+        loss, mask: the [loss] and [mask] sections of the configuration.
+        slots: clips per rank in a full batch, see :func:`fastsskd.losses.contrast`.
+    """
+
+    def __init__(self, model: ACM, loss: LossConfig, mask: MaskConfig, slots: int | None = None):
+        super().__init__()
+        self.model, self.loss, self.mask, self.slots = model, loss, mask, slots
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        if model.head is not None:
+            model.head.requires_grad_(False)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Formula 10 on one batch.
+
+        Returns:
+            The total loss, and the detached value of each term that is on, plus ``feature_std``: the mean standard
+            deviation over the clips of the pooled raw features' dimensions, 0 when all clips look alike.
+        """
+        views = make_views(batch, self.mask)
+        raw, intra, inter = self._features(views)
+        terms = self._terms(views, raw, intra, inter)
+        loss = self.loss
+        weights = {"restore": loss.alpha, "mse": loss.alpha, "kl": loss.beta, "contrast": 1.0}
+        total = sum(weights[name.split("_")[0]] * value for name, value in terms.items())
+        metrics = {name: value.detach() for name, value in terms.items()}
+        with torch.no_grad():
+            metrics["feature_std"] = raw.float().mean(dim=1).std(dim=0, unbiased=False).mean()
+        return total, metrics
+
+    def _features(self, views: Views) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of the three views, ``(B, N, D)`` each; the raw view is a target and needs no graph."""
+        model = self.model
+        dtype = model.patch_embed.weight.dtype
+        raw_patches = views.raw.to(dtype)
+        with contextlib.nullcontext() if self.loss.raw_gradient else torch.no_grad():
+            raw = model.features(raw_patches)
+        tokens_intra = model.embed(views.intra.to(dtype))
+        tokens_inter = model.mae(model.embed(raw_patches), model.pos_embed, views.ids_keep)
+        # One pass for both: the same numbers from half as many, larger, matrix products.
+        intra, inter = model.aft(torch.cat([tokens_intra, tokens_inter])).chunk(2)
+        return raw, intra, inter
+
+    def _terms(self, views: Views, raw: Tensor, intra: Tensor, inter: Tensor) -> dict[str, Tensor]:
+        """The terms of Formula 10 that are switched on."""
+        loss = self.loss
+        terms = {}
+        target = views.raw
+        if loss.restore_target == "res_raw":
+            with contextlib.nullcontext() if loss.raw_gradient else torch.no_grad():
+                target = self.model.decode(raw)
+        weight = views.weight if loss.hog_weight else None
+        pixel_masks = {"intra": views.intra_mask, "inter": views.inter_mask.unsqueeze(-1).expand_as(views.intra_mask)}
+        for name, features in (("intra", intra), ("inter", inter)):
+            if getattr(loss, f"restore_{name}"):
+                mask = pixel_masks[name] if loss.restore_on == "masked" else None
+                terms[f"restore_{name}"] = losses.restore(self.model.decode(features), target, weight, mask)
+            if getattr(loss, f"mse_{name}"):
+                terms[f"mse_{name}"] = losses.feature_mse(features, raw)
+            if getattr(loss, f"kl_{name}"):
+                terms[f"kl_{name}"] = losses.feature_kl(features, raw)
+            if getattr(loss, f"contrast_{name}"):
+                pooled = features.mean(dim=1), raw.mean(dim=1)
+                terms[f"contrast_{name}"] = losses.contrast(*pooled, loss.tau, self.slots)
+        return terms

@@ -1,0 +1,290 @@
+"""The recipe: Multi-SSL, then supervised learning with distillation, iterated (Algorithm A1), evaluated, ensembled."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import fastsskd_kernels as kernels
+import torch
+
+from fastsskd import checkpoint, distributed, ds_config, weights
+from fastsskd.config import Config, StageConfig
+from fastsskd.distill import Distill
+from fastsskd.engine import Log, StagePlan, StopFlag, train_stage
+from fastsskd.errors import InputError
+from fastsskd.evaluate import evaluation_loader, score, summarise
+from fastsskd.datasets import open_data
+from fastsskd.loader import Loader
+from fastsskd.model import ACM, build_model
+from fastsskd.pretrain import Pretrain
+from fastsskd.run_folder import RunFolder
+from fastsskd.sampler import balanced_weights
+from fastsskd.schedule import build_optimizer
+from fastsskd.stages import Stage, plan_stages
+from fastsskd.teachers import Teacher, load_teacher
+
+
+class Recipe:
+    """A run: data, stages, and what they leave in the run's folder.
+
+    Args:
+        config: the resolved configuration.
+        deepspeed_config: as :func:`fastsskd.ds_config.load` read it.
+        device: ``"cpu"`` or ``"cuda"``; the process group is up.
+        folder: the run's folder, already claimed.
+    """
+
+    def __init__(self, config: Config, deepspeed_config: dict[str, Any], device: str, folder: RunFolder):
+        self.config, self.folder = config, folder
+        self.device = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+        self.sizes = ds_config.batch_sizes(deepspeed_config, distributed.world_size())
+        self.deepspeed_config = deepspeed_config
+        self.stages = plan_stages(config)
+        self.train_set, self.eval_set = open_data(config, self.sizes.total, needs_labels=self._needs_labels())
+        self.stop = StopFlag()
+        self.skipped: dict[str, str] = {}
+
+    def _needs_labels(self) -> bool:
+        return any(stage.kind != "ssl" for stage in self.stages)
+
+    def run(self) -> dict[str, Any]:
+        """Train every stage that is not done yet, evaluate, and write ``result.json``; returns its contents."""
+        resolved = ds_config.resolve(self.deepspeed_config, distributed.world_size(), self.folder.tensorboard)
+        steps = {stage.name: self._plan(stage).total_steps for stage in self.stages}
+        self.folder.begin(steps, resolved, len(self.train_set), len(self.eval_set))
+        for stage in self.stages:
+            if self.folder.is_done(stage.name):
+                self.folder.say(f"{stage.name}: done before, not trained again")
+                continue
+            self._train(stage, resolved)
+            self.folder.finish_stage(stage.name, None if stage.kind == "ssl" else self.evaluate([stage]))
+        return self._finish()
+
+    def _finish(self) -> dict[str, Any]:
+        done = self.folder.progress["stages"]
+        for skipped in distributed.gather_objects(self.skipped):
+            self.skipped.update(skipped)
+        iterations = []
+        for number in range(1, self.config.recipe.iterations + 1):
+            own = {stage.kind: done[stage.name] for stage in self.stages if stage.iteration == number}
+            iterations.append({"iteration": number, **own, "metrics": own.get("distill", {}).get("metrics")})
+        distilled = [stage for stage in self.stages if stage.kind == "distill"]
+        ensemble = self.evaluate(distilled) if len(distilled) > 1 else None
+        result = {
+            "status": "complete",
+            "iterations": iterations,
+            "teacher": done.get("teacher"),
+            "ensemble": ensemble,
+            "metrics": iterations[-1]["metrics"],
+            "num_train": len(self.train_set),
+            "num_eval": len(self.eval_set),
+            "skipped": self.skipped,
+        }
+        return self.folder.finish(result)
+
+    def evaluate(self, stages: list[Stage]) -> dict[str, Any]:
+        """Metrics of one stage's model, or of the mean of several models' probabilities, on the evaluation set."""
+        probs = scores = None
+        for stage in stages:
+            model, info = weights.load_model(self.folder.model(stage.name), self.device)
+            loader = evaluation_loader(
+                self.eval_set, info, self.sizes.micro, device=self.device, workers=self.config.data.workers
+            )
+            scores = score(model, loader, info.multi_label)
+            loader.close()
+            self.skipped.update(scores.skipped)
+            probs = scores.probs if probs is None else probs + scores.probs
+        return summarise(probs / len(stages), scores, self.eval_set)
+
+    def _plan(self, stage: Stage) -> StagePlan:
+        settings, optim = self._settings(stage), self.config.optim
+        per_epoch = len(self.train_set) // self.sizes.total
+        decay = self.config.recipe.lr_decay ** max(stage.iteration - 1, 0)
+        return StagePlan(
+            name=stage.name,
+            total_steps=settings.epochs * per_epoch,
+            steps_per_epoch=per_epoch,
+            warmup_steps=round(settings.warmup_epochs * per_epoch),
+            peak_lr=settings.lr * decay,
+            schedule=optim.schedule,
+            accumulation=self.sizes.accumulation,
+            seed=self._seed(stage),
+            log_every=self.config.run.log_every,
+        )
+
+    def _settings(self, stage: Stage) -> StageConfig:
+        return self.config.ssl if stage.kind == "ssl" else self.config.distill
+
+    def _seed(self, stage: Stage) -> int:
+        """Each stage has its own order, crops and masks, all from the run's seed."""
+        return kernels.derive_seed(self.config.run.seed, self.stages.index(stage)) % 2**31
+
+    def _train(self, stage: Stage, resolved: dict[str, Any]) -> None:
+        import deepspeed
+
+        plan = self._plan(stage)
+        teacher = self._teacher(stage)
+        module = self._module(stage, self._start_model(stage), teacher)
+        untrained = {n: p.detach().clone() for n, p in module.model.named_parameters() if not p.requires_grad}
+        loader = self._loader(stage, waveform=teacher is not None)
+        engine, *_ = deepspeed.initialize(
+            model=module.to(self.device),
+            optimizer=build_optimizer(module, self._settings(stage), self.config.optim),
+            config=resolved,
+        )
+        start = self._resume(stage, engine, loader)
+        self.folder.begin_stage(stage.name, start)
+
+        def on_log(log: Log) -> None:
+            self.folder.log(stage.name, plan, log, engine.monitor)
+
+        def on_step(step: int, stopping: bool) -> None:
+            every = self.config.run.checkpoint_every
+            if stopping or (every and step % every == 0 and step < plan.total_steps):
+                self._save(stage, engine, step, loader)
+
+        try:
+            train_stage(engine, loader, plan, start_step=start, stop=self.stop, on_log=on_log, on_step=on_step)
+        finally:
+            self.skipped.update(loader.skipped)
+            loader.close()
+        state = full_state(engine, untrained)
+        if distributed.rank() == 0:
+            weights.save_model(self.folder.model(stage.name), state, self._info())
+        engine.destroy()
+        distributed.barrier()
+
+    def _start_model(self, stage: Stage) -> ACM:
+        """The model a stage begins with: the last stage's, or a fresh one, or ``model.init``'s."""
+        options = self.config.model
+        classes = 0 if not self.train_set.classes else len(self.train_set.classes)
+        model = build_model(
+            options.size,
+            classes,
+            seconds=self.config.data.seconds,
+            drop_path=0.0 if stage.kind == "ssl" else options.drop_path,
+            activation_checkpointing=options.activation_checkpointing,
+            seed=self.config.run.seed,
+        )
+        source = self.folder.model(stage.start) if stage.start else options.init
+        if source:
+            report = weights.initialise_from(model, source)
+            self.folder.say(f"{stage.name}: starts from {source}: " + ", ".join(f"{len(v)} {k}" for k, v in report.items()))
+        return model
+
+    def _teacher(self, stage: Stage) -> Teacher | None:
+        if stage.teacher is None:
+            return None
+        names = {other.name for other in self.stages}
+        path = self.folder.model(stage.teacher) if stage.teacher in names else Path(stage.teacher)
+        teacher = load_teacher(path).to(self.device)
+        if tuple(teacher.classes) != tuple(self.train_set.classes):
+            self.folder.say(
+                f"{stage.name}: the teacher knows other classes ({len(teacher.classes)}) than the data set "
+                f"({len(self.train_set.classes)}), so it gives features only"
+            )
+        return teacher
+
+    def _module(self, stage: Stage, model: ACM, teacher: Teacher | None) -> Pretrain | Distill:
+        config = self.config
+        if stage.kind == "ssl":
+            return Pretrain(model, config.loss, config.mask, slots=self.sizes.micro)
+        distill = config.distill
+        if stage.kind == "teacher" or teacher is None:
+            distill = dataclasses.replace(distill, labels=True)
+        return Distill(
+            model,
+            classes=self.train_set.classes,
+            multi_label=self.train_set.multi_label,
+            distill=distill,
+            augmentation=config.augment,
+            data=config.data,
+            num_frames=kernels.num_frames(config.num_samples),
+            teacher=teacher,
+        )
+
+    def _loader(self, stage: Stage, waveform: bool) -> Loader:
+        data = self.config.data
+        balanced = None
+        if data.balanced:
+            labels = [self.train_set.labels(i) for i in range(len(self.train_set))]
+            balanced = balanced_weights(labels, len(self.train_set.classes))
+        return Loader(
+            self.train_set,
+            batch_size=self.sizes.micro,
+            seconds=data.seconds,
+            train=True,
+            seed=self._seed(stage),
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            device=self.device,
+            workers=data.workers,
+            prefetch=data.prefetch,
+            waveform=waveform,
+            mean=data.mean,
+            std=data.std,
+            drop_last_to=self.sizes.total,
+            weights=balanced,
+            max_bad_share=data.max_bad_share,
+        )
+
+    def _info(self) -> weights.ModelInfo:
+        data = self.config.data
+        return weights.ModelInfo(
+            self.config.model.size, self.train_set.classes, self.train_set.multi_label, data.seconds, data.mean, data.std
+        )
+
+    def _save(self, stage: Stage, engine: Any, step: int, loader: Loader) -> None:
+        done = sum(self._plan(s).total_steps for s in self.stages[: self.stages.index(stage)])
+        progress = checkpoint.Progress(
+            stage=stage.name,
+            step=step,
+            global_step=done + step,
+            loader=loader.state_dict(),
+            world_size=distributed.world_size(),
+            zero_stage=ds_config.zero_stage(self.deepspeed_config),
+            precision=ds_config.precision(self.deepspeed_config),
+        )
+        checkpoint.save(engine, self.folder.checkpoints, progress, self.config.run.keep_checkpoints)
+
+    def _resume(self, stage: Stage, engine: Any, loader: Loader) -> int:
+        """Load the stage's newest checkpoint, if this run resumes and has one; the step to start from."""
+        found = checkpoint.newest(self.folder.checkpoints, stage.name) if self.folder.resumed else None
+        if found is None:
+            return 0
+        path, progress = found
+        now = (distributed.world_size(), ds_config.zero_stage(self.deepspeed_config), ds_config.precision(self.deepspeed_config))
+        then = (progress.world_size, progress.zero_stage, progress.precision)
+        if now != then:
+            raise InputError(
+                f"checkpoint {path}: written by {then[0]} rank(s), ZeRO {then[1]}, {then[2]}; this run has {now[0]}, "
+                f"ZeRO {now[1]}, {now[2]}; resume with the same"
+            )
+        checkpoint.restore(engine, path)
+        loader.load_state_dict(progress.loader)
+        self.folder.say(f"{stage.name}: continues from step {progress.step} ({path.name})")
+        return progress.step
+
+
+def full_state(engine: Any, untrained: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model's whole float32 state on the CPU, from ZeRO's partitions; every rank must call it.
+
+    Args:
+        untrained: the parameters this stage left alone, from before the engine rounded them to 16 bit.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    state = {}
+    for name, parameter in engine.module.model.named_parameters():
+        if name in untrained:
+            state[name] = untrained[name].cpu()
+            continue
+        full = safe_get_full_fp32_param(parameter) if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id") else None
+        state[name] = (parameter.detach() if full is None else full).float().cpu().clone()
+    bad = [name for name, value in state.items() if not math.isfinite(float(value.abs().max()))]
+    if bad:
+        raise InputError(f"the weights are not finite ({bad[0]}); lower the learning rate; the last checkpoint is untouched")
+    return state

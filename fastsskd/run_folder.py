@@ -1,0 +1,186 @@
+"""The folder of a run: who may write into it, what is in it, and the progress people see."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fastsskd import __version__, distributed
+from fastsskd.checkpoint import write_json
+from fastsskd.config import Config, to_toml
+from fastsskd.engine import Log, StagePlan
+from fastsskd.errors import InputError
+from fastsskd.progress import ProgressLine
+from fastsskd.weights import MODEL_FILE
+
+RESULT, PROGRESS, METRICS = "result.json", "progress.json", "metrics.jsonl"
+_PACKAGES = ("torch", "torchaudio", "timm", "deepspeed", "numba", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
+
+
+class RunFolder:
+    """Every rank has one; only rank 0 writes and speaks.
+
+    Args:
+        config: the resolved configuration; ``config.run.out`` is the folder.
+        resume: continue the run in it.
+
+    Raises:
+        InputError: the folder holds something and ``resume`` is off, or nothing to resume.
+    """
+
+    def __init__(self, config: Config, resume: bool):
+        self.config, self.resumed = config, resume
+        self.path = Path(config.run.out)
+        self.checkpoints, self.tensorboard = self.path / "checkpoints", self.path / "tensorboard"
+        self.is_writer = distributed.rank() == 0
+        self._check(resume)
+        distributed.barrier()  # nobody writes before everybody has looked
+        self.progress: dict[str, Any] = {"stages": {}}
+        if resume and (self.path / PROGRESS).exists():
+            self.progress = json.loads((self.path / PROGRESS).read_text(encoding="utf-8"))
+        self._begun = time.time()
+        self.line: ProgressLine | None = None
+
+    def _check(self, resume: bool) -> None:
+        occupied = self.path.is_dir() and any(self.path.iterdir())
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"run.out {self.path}: is a file; choose a folder")
+        if resume and not (self.path / "config.toml").exists():
+            raise InputError(f"run.out {self.path}: no run to resume here; leave out --resume to start one")
+        if occupied and not resume:
+            raise InputError(f"run.out {self.path}: already holds a run; add --resume, or choose another run.out")
+
+    def model(self, stage: str) -> Path:
+        """The model file a stage leaves behind."""
+        return self.checkpoints / stage / MODEL_FILE
+
+    def is_done(self, stage: str) -> bool:
+        return stage in self.progress["stages"] and self.model(stage).exists()
+
+    def begin(self, steps: dict[str, int], deepspeed_config: dict[str, Any], num_train: int, num_eval: int) -> None:
+        """Claim the folder: write the configuration, drop what a killed run logged after its last checkpoint."""
+        self.line = ProgressLine(steps, self.is_writer)
+        if self.is_writer:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "config.toml").write_text(to_toml(self.config), encoding="utf-8")
+            write_json(self.path / "ds_config.json", deepspeed_config)
+            if not self.resumed:
+                (self.path / METRICS).write_text("", encoding="utf-8")
+        self.progress.update(num_train=num_train, num_eval=num_eval)
+        self._save_progress()
+        self.say(f"run {self.path}: {num_train} clips to train on, {num_eval} to evaluate on; stages: {', '.join(steps)}")
+
+    def say(self, text: str) -> None:
+        """Tell people something, once."""
+        if self.line is not None:
+            self.line.say(text)
+        elif self.is_writer:
+            print(text, file=sys.stderr, flush=True)
+
+    def begin_stage(self, stage: str, step: int) -> None:
+        """Forget what was logged of ``stage`` after ``step``, by a run that was killed after its last checkpoint."""
+        self._logged_step = step
+        if not (self.is_writer and self.resumed):
+            return
+        lines = (self.path / METRICS).read_text(encoding="utf-8").splitlines()
+        kept = [line for line in map(json.loads, lines) if line["stage"] != stage or line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        temporary = self.path / f".{METRICS}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, self.path / METRICS)
+
+    def log(self, stage: str, plan: StagePlan, log: Log, monitor: Any = None) -> None:
+        """One line of metrics.jsonl, one of progress, and the logging back-ends that the ds_config switched on."""
+        self.line.log(stage, plan, log, log.step - self._logged_step)
+        self._logged_step = log.step
+        if not self.is_writer:
+            return
+        line = {
+            "stage": stage,
+            "step": log.step,
+            "epoch": log.step / plan.steps_per_epoch,
+            "lr": log.lr,
+            "grad_norm": None if log.grad_norm != log.grad_norm else log.grad_norm,
+            "clips_per_second": log.clips / max(log.seconds, 1e-9),
+            "clips": log.clips,
+            "seconds": log.seconds,
+            "wait": log.wait,
+            **log.metrics,
+        }
+        with open(self.path / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if monitor is not None and monitor.enabled:
+            numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k not in ("step", "clips", "seconds")}
+            monitor.write_events([(f"{stage}/{name}", value, log.step) for name, value in numbers.items()])
+
+    def finish_stage(self, stage: str, metrics: dict[str, Any] | None) -> None:
+        """Note that ``stage`` is done, with its evaluation (None after SSL)."""
+        self.progress["stages"][stage] = {"metrics": metrics, **self._stage_summary(stage)}
+        self._save_progress()
+        if metrics:
+            named = {"accuracy": metrics["accuracy"], "mAP": metrics["mAP"]}
+            text = ", ".join(f"{name} {value:.3f}" for name, value in named.items() if value is not None)
+            self.say(f"{stage}: {text} on {metrics['num_clips']} clips")
+
+    def _stage_summary(self, stage: str) -> dict[str, Any]:
+        """Losses of the last epoch, speed and waiting of the stage, from metrics.jsonl."""
+        if not self.is_writer:
+            return {}
+        lines = [line for line in read_metrics(self.path) if line["stage"] == stage]
+        if not lines:
+            return {}
+        last = [line for line in lines if line["epoch"] > lines[-1]["epoch"] - 1] or lines[-1:]
+        known = {"stage", "step", "epoch", "lr", "grad_norm", "clips_per_second", "clips", "seconds", "wait"}
+        losses = {name: sum(line[name] for line in last) / len(last) for name in last[0] if name not in known}
+        seconds = sum(line["seconds"] for line in lines)
+        return {
+            "losses": losses,
+            "clips_per_second": sum(line["clips"] for line in lines) / seconds,
+            "wait": sum(line["wait"] * line["seconds"] for line in lines) / seconds,
+            "seconds": seconds,
+        }
+
+    def finish(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Write result.json; ``result`` gets the seed, the versions and the wall time of this process."""
+        result = {
+            **result,
+            "seed": self.config.run.seed,
+            "seconds": time.time() - self._begun,
+            "versions": versions(),
+            "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        }
+        if self.is_writer:
+            write_json(self.path / RESULT, result)
+        return result
+
+    def fail(self, error: Exception) -> None:
+        """Write why the run ended, if the folder is this run's."""
+        if self.line is not None:
+            self.finish({"status": "failed", "reason": str(error).splitlines()[0] if str(error) else repr(error)})
+
+    def _save_progress(self) -> None:
+        if self.is_writer:
+            write_json(self.path / PROGRESS, self.progress)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    file = path / METRICS
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"fastsskd": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,127 @@
+"""Waveform to what the model and the masks need, in one call: the normalised fbank and each patch's mean gradient."""
+
+import numpy as np
+import torch
+
+from fastsskd_kernels.backend import resolve_backend
+from fastsskd_kernels.compile import inlined, njit
+from fastsskd_kernels.fbank import check_waveform, fbank_torch, numpy_waveform
+from fastsskd_kernels.fbank_cpu import fbank_clip, make_plan
+from fastsskd_kernels.hog import hog_patch_mean_torch
+from fastsskd_kernels.hog_cpu import patch_mean_clip
+from fastsskd_kernels.kaldi import num_frames as count_frames
+
+AUDIOSET_MEAN = -4.2677393
+AUDIOSET_STD = 4.5689974
+
+
+def padded_frames(num_samples: int, sample_rate: int = 16000, patch: int = 16) -> int:
+    """Frames of the model's input: those of the clip rounded up to two patches. 10 s give 1024 and 5 s give 512."""
+    frames = count_frames(num_samples, sample_rate)
+    return frames + -frames % (2 * patch)
+
+
+def pad_frames(fbank: torch.Tensor, length: int, mode: str = "zero") -> torch.Tensor:
+    """Append frames.
+
+    Args:
+        fbank: (B, T, F), T >= 1.
+        length: frames wanted, at least T.
+        mode: ``"zero"``, for the model's input, before normalisation (AST's convention); or ``"repeat"`` of the last
+            frame, for gradients, where zeros would draw an edge.
+
+    Returns:
+        (B, length, F); ``fbank`` itself where nothing is missing.
+
+    Raises:
+        ValueError: wrong shape or mode, or more than ``length`` frames.
+    """
+    if fbank.ndim != 3 or fbank.shape[1] < 1 or fbank.shape[1] > length:
+        raise ValueError(f"fbank: expected (B, T, F) with 1 <= T <= {length} frames, got {tuple(fbank.shape)}")
+    if mode not in ("zero", "repeat"):
+        raise ValueError(f"mode={mode!r}: expected 'zero' or 'repeat'")
+    missing = length - fbank.shape[1]
+    if missing == 0:
+        return fbank
+    if mode == "zero":
+        return torch.nn.functional.pad(fbank, (0, 0, 0, missing))
+    return torch.cat([fbank, fbank[:, -1:].expand(-1, missing, -1)], dim=1)
+
+
+def features(
+    waveform: torch.Tensor,
+    *,
+    sample_rate: int = 16000,
+    num_mel_bins: int = 128,
+    window: str = "hanning",
+    num_frames: int | None = None,
+    mean: float = AUDIOSET_MEAN,
+    std: float = AUDIOSET_STD,
+    patch: int = 16,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The model's input and the patches' mean gradients, from a batch of mono clips.
+
+    ``backend="torch"`` composes ``fbank``, ``hog_patch_mean`` and ``pad_frames``, on any device. ``backend="numba"``
+    does the same per clip while the clip is in cache, and without the GIL: call it from as many threads as there are
+    cores.
+
+    Args:
+        waveform: (B, S) float32, or int16, which is scaled to [-1, 1).
+        sample_rate: Hz.
+        num_mel_bins: F, a multiple of ``patch``.
+        window: ``"hanning"`` or ``"povey"``.
+        num_frames: T of the result, a multiple of ``patch``, at least the frames of the clip; by default
+            ``padded_frames(S, sample_rate, patch)``, which is 1024 for 10 s.
+        mean, std: of the data set; the result is ``(fbank - mean) / (2 * std)``.
+        patch: side of a patch in pixels.
+        backend: ``"auto"``, ``"torch"`` or ``"numba"``; see ``resolve_backend``.
+
+    Returns:
+        fbank: (B, num_frames, F) float32, zero-padded before normalisation.
+        hog: (B, N) float32, N = num_frames / patch * F / patch, time-major; from the un-normalised fbank with its last
+            frame repeated. A NaN or infinite sample makes its frames NaN in ``fbank`` and its patches NaN in ``hog``:
+            ``hog.isfinite().all(1)`` finds such clips without reading the spectrogram.
+
+    Raises:
+        ValueError: as ``fbank``; or num_frames, num_mel_bins, patch or std that do not fit.
+    """
+    check_waveform(waveform, sample_rate, num_mel_bins, window)
+    frames = count_frames(waveform.shape[1], sample_rate)
+    if num_frames is None:
+        num_frames = padded_frames(waveform.shape[1], sample_rate, patch)
+    if patch < 1 or num_mel_bins % patch or num_frames % patch:
+        raise ValueError(f"num_frames={num_frames}, num_mel_bins={num_mel_bins}: expected multiples of patch={patch}")
+    if num_frames < frames:
+        raise ValueError(f"num_frames={num_frames}: the clip has {frames} frames; crop the waveform first")
+    if not std > 0.0:
+        raise ValueError(f"std={std}: expected more than 0")
+    if resolve_backend(backend, waveform) == "numba":
+        batch, patches = waveform.shape[0], (num_frames // patch) * (num_mel_bins // patch)
+        spectrogram = waveform.new_empty(batch, num_frames, num_mel_bins, dtype=torch.float32)
+        hog = waveform.new_empty(batch, patches, dtype=torch.float32)
+        plan = make_plan(sample_rate, num_mel_bins, window)
+        factor = np.float32(0.5 / std)
+        samples, scale = numpy_waveform(waveform)
+        features_batch(samples, scale, frames, plan, np.float32(mean), factor, patch, spectrogram.numpy(), hog.numpy())
+        return spectrogram, hog
+    spectrogram = fbank_torch(waveform, sample_rate, num_mel_bins, window)
+    hog = hog_patch_mean_torch(pad_frames(spectrogram, num_frames, "repeat"), patch)
+    return (pad_frames(spectrogram, num_frames, "zero") - mean) / (2.0 * std), hog
+
+
+@njit
+def features_batch(waveform, scale, frames, plan, mean, factor, patch, fbank, hog):
+    """Each clip while it is in cache: log-mel into ``fbank``, its patch means, then padding and normalisation."""
+    for b in range(fbank.shape[0]):
+        fbank_clip(waveform[b], scale, frames, plan, fbank[b])
+        patch_mean_clip(fbank[b], frames, patch, hog[b])
+        fbank[b, frames:] = 0.0
+        normalise(fbank[b].reshape(-1), mean, factor)
+
+
+@inlined
+def normalise(x, mean, factor):
+    """x = (x - mean) * factor."""
+    for i in range(x.size):
+        x[i] = (x[i] - mean) * factor

@@ -1,0 +1,115 @@
+"""The numba path of ``hog`` and ``hog_patch_mean``: row by row, each row's pixels in SIMD lanes.
+
+Three neighbouring rows of the spectrogram are all that a row of gradients needs, and sums are kept per column until a
+cell's rows are done: nothing larger than a row is stored. The repeated frames at the end are never built: row indices
+stop at the last real frame. ``hog.hog_torch`` and ``hog.hog_patch_mean_torch`` are the truth.
+"""
+
+import math
+
+import numpy as np
+
+from fastsskd_kernels.compile import inlined, njit
+
+
+@njit
+def patch_mean_batch(fbank, frames, patch, out):
+    """Mean gradient magnitude of each patch: fbank (B, >= frames, F), out (B, N) float32.
+
+    The patches of a clip cover N * patch / (F / patch) rows; rows from ``frames`` on repeat the last real one.
+    """
+    for b in range(out.shape[0]):
+        patch_mean_clip(fbank[b], frames, patch, out[b])
+
+
+@inlined
+def patch_mean_clip(fbank, frames, patch, out):
+    """As ``patch_mean_batch``, one clip: (T, F) -> (N,)."""
+    columns = fbank.shape[1]
+    across = columns // patch
+    column_sum = np.empty(columns, np.float32)
+    for band in range(out.size // across):
+        column_sum[:] = np.float32(0.0)
+        for row in range(band * patch, (band + 1) * patch):
+            above, here, below = neighbours(row, frames, patch * (out.size // across))
+            add_magnitudes(fbank[above], fbank[here], fbank[below], column_sum)
+        for cell in range(across):
+            total = np.float32(0.0)
+            for f in range(cell * patch, (cell + 1) * patch):
+                total += column_sum[f]
+            mean = total / np.float32(patch * patch)
+            out[band * across + cell] = mean if abs(mean) < np.float32(np.inf) else np.float32(np.nan)
+
+
+@inlined
+def neighbours(row, frames, padded):
+    """Rows before, at and after ``row`` in an image of ``padded`` rows that repeats row ``frames - 1``.
+
+    The first and the last row of the image are their own neighbours: no gradient along time at the border.
+    """
+    last, border = frames - 1, row == 0 or row == padded - 1
+    here = min(row, last)
+    return (here, here, here) if border else (min(row - 1, last), here, min(row + 1, last))
+
+
+@njit
+def add_magnitudes(above, here, below, column_sum):
+    """Add the gradient magnitude of each pixel of one row; no gradient along frequency at the border."""
+    end = here.size - 1
+    column_sum[0] += abs(below[0] - above[0])
+    for f in range(1, end):
+        along_time, along_freq = below[f] - above[f], here[f + 1] - here[f - 1]
+        column_sum[f] += math.sqrt(along_time * along_time + along_freq * along_freq)
+    if end > 0:
+        column_sum[end] += abs(below[end] - above[end])
+
+
+@njit
+def hog_batch(fbank, edges, cell, out):
+    """HOG histograms: fbank (B, T, F), edges (orientations - 1, 2) float64 cosine and sine of the bin edges,
+    out (B, N, orientations) float32."""
+    frames, columns = fbank.shape[1:]
+    across = columns // cell
+    rows = cell * (out.shape[1] // across)
+    magnitude = np.empty(columns, np.float32)
+    passed = np.empty(columns, np.int32)
+    for b in range(out.shape[0]):
+        out[b] = 0.0
+        for row in range(rows):
+            above, here, below = neighbours(row, frames, rows)
+            pixel_bins(fbank[b, above], fbank[b, here], fbank[b, below], edges, magnitude, passed)
+            first = row // cell * across
+            for f in range(columns):
+                out[b, first + f // cell, passed[f]] += magnitude[f]
+        finish_histograms(out[b], cell)
+
+
+@njit
+def pixel_bins(above, here, below, edges, magnitude, passed):
+    """Gradient magnitude of one row's pixels, and how many bin edges each direction has passed: its bin."""
+    end = here.size - 1
+    for f in range(here.size):
+        along_time = below[f] - above[f]
+        along_freq = here[min(f + 1, end)] - here[max(f - 1, 0)] if 0 < f < end else np.float32(0.0)
+        magnitude[f] = math.sqrt(along_time * along_time + along_freq * along_freq)
+        passed[f] = 0
+        # Unsigned: fold every direction into [0, 180) degrees; along frequency alone is 0, whatever its sign.
+        y, x = np.float64(abs(along_time)), np.float64(along_freq)
+        if along_time < 0.0:
+            x = -x
+        elif along_time == 0.0:
+            x = abs(x)
+        for edge in range(edges.shape[0]):
+            passed[f] += y * edges[edge, 0] - x * edges[edge, 1] >= 0.0
+
+
+@njit
+def finish_histograms(histogram, cell):
+    """Sums to means; a cell that met a NaN or infinity becomes NaN in every bin."""
+    for n in range(histogram.shape[0]):
+        total = np.float32(0.0)
+        for o in range(histogram.shape[1]):
+            histogram[n, o] /= np.float32(cell * cell)
+            total += histogram[n, o]
+        if not abs(total) < np.float32(np.inf):
+            histogram[n] = np.nan

@@ -1,0 +1,72 @@
+"""The main job: ``deepspeed launch/train.py --ds_config J --config T [--set a.b=c ...] [--resume]``.
+
+Runs the whole recipe, or the stages that the config names. ``torchrun`` and plain ``python`` work too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from fastsskd import config, ds_config
+from fastsskd.errors import InputError
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train: Multi-SSL, then labels and distillation, iterated; evaluate; write RUN/result.json.",
+        epilog="Fields of the TOML, with their defaults:\n\n" + config.describe(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--ds_config", required=True, help="DeepSpeed JSON: batch sizes, precision, ZeRO, clipping, logs")
+    parser.add_argument("--config", required=True, help="TOML: everything else; presets are in launch/configs/")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="change one field of the TOML")
+    parser.add_argument("--resume", action="store_true", help="continue the run in run.out")
+    parser.add_argument("--local_rank", type=int, default=None, help="given by launchers; the environment decides")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    try:
+        settings = config.load(args.config, args.set)
+        deepspeed_config = ds_config.load(args.ds_config)
+        return run(settings, deepspeed_config, args.resume)
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def run(settings: config.Config, deepspeed_config: dict, resume: bool) -> int:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ds_config.check_device(deepspeed_config, device)
+    from fastsskd import distributed
+
+    distributed.start(device)
+    from fastsskd.engine import Stopped
+    from fastsskd.recipe import Recipe
+    from fastsskd.report import show
+    from fastsskd.run_folder import RunFolder
+
+    folder = RunFolder(settings, resume)
+    try:
+        result = Recipe(settings, deepspeed_config, device, folder).run()
+    except Stopped as stopped:
+        folder.finish({"status": "stopped", "reason": str(stopped)})
+        folder.say(f"{stopped}; continue with --resume")
+        return 1
+    except Exception as error:
+        folder.fail(error)
+        raise
+    if folder.is_writer:
+        print(show(folder.path, result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
