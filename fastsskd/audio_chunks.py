@@ -13,7 +13,7 @@ from fastsskd.audio_info import MAX_RATE, AudioInfo, BadClip, believable
 PCM, FLOAT, ALAW, MULAW, EXTENSIBLE = 1, 3, 6, 7, 0xFFFE
 BLOCK_CODED = {2: "MS ADPCM", 0x11: "IMA ADPCM", 0x31: "GSM 6.10"}
 UNKNOWN_SIZES = (range(0x7FFFF000 - 1024, 0x80000000), range(0xFFFFFFFF, 0x100000000))
-"""Programs that write WAV into a pipe cannot know its length; these stand for it (SoX rounds down, FFmpeg: all ones)."""
+"""Programs that write WAV into a pipe cannot know its length; these stand for it (SoX; FFmpeg: all ones)."""
 TAIL_SLACK = 4096
 """Bytes after the last chunk that are taken for a tag or padding."""
 AIFC_BYTES = {b"NONE": 0, b"twos": 0, b"sowt": 0, b"raw ": 0, b"fl32": 4, b"FL32": 4, b"fl64": 8, b"FL64": 8}

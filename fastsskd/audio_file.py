@@ -14,7 +14,8 @@ silent about the rest. What it does with each kind, tried, and which of our chec
 | WAV, FLAC, AIFF: 1 Hz, 1 GHz; real 64 channels | **silently decoded** | `probe`: limits |
 | WAV from a pipe (length 0xFFFFFFFF), RIFF size wrong, junk of < 4 kB after it | decoded whole | good |
 | AIFF: COMM's length and SSND's size differ | **silently SSND's** | `probe` |
-| FLAC cut anywhere, a byte changed, bytes missing inside | error | `probe` where the last frame's start is cut, else DALI |
+| FLAC cut before its last frame | error | `probe`: its last frame |
+| FLAC cut in its last frame, a byte changed, bytes missing inside | error | DALI |
 | FLAC: announces more samples | error | `probe`: its last frame |
 | FLAC: announces fewer samples | **silently short** | `probe`: its last frame |
 | FLAC: another sampling rate in the header | **silently wrong pitch** | `probe`: its first frame |

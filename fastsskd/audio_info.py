@@ -7,7 +7,7 @@ MIN_RATE, MAX_RATE = 1_000, 768_000
 MAX_CHANNELS = 32
 
 
-class BadClip(Exception):  # noqa: N818 - it names the clip, not a failure of ours
+class BadClip(Exception):
     """A clip that must be left out; ``str()`` is the reason, in one line and without the clip's name."""
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fastsskd_kernels as kernels
 import torch
 from torch import Tensor
 
+import fastsskd_kernels as kernels
 from fastsskd.config import AugmentConfig
 
 _STREAM = 110  # random streams 110, 111, 112

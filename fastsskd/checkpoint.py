@@ -99,7 +99,9 @@ def newest(folder: Path, stage: str) -> tuple[Path, Progress] | None:
             return path, Progress(**fields)
         broken.append(f"{path}: {problem}")
     if broken:
-        raise InputError(f"no checkpoint in {folder} is whole ({broken[0]}); restore one, or start anew in another run.out")
+        raise InputError(
+            f"no checkpoint in {folder} is whole ({broken[0]}); restore one, or start anew in another run.out"
+        )
     return None
 
 

@@ -21,6 +21,7 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 AUDIOSET_MEAN, AUDIOSET_STD = -4.2677393, 4.5689974
+SIZES = ("base", "small", "tiny", "micro", "nano")  # the presets of fastsskd/model.py
 
 
 def _option(default: Any, doc: str, **limits: Any) -> Any:
@@ -45,7 +46,9 @@ class DataConfig:
     manifest: str = _option("", "manifest written by `fastsskd index`, or a folder or file that it can index")
     eval_manifest: str = _option("", "a second manifest to evaluate on; empty = split `manifest`")
     train_folds: tuple[int, ...] = _option([], "folds to train on; empty = all but eval_folds")
-    eval_folds: tuple[int, ...] = _option([], "folds to evaluate on; empty = the manifest's own split, or its last fold")
+    eval_folds: tuple[int, ...] = _option(
+        [], "folds to evaluate on; empty = the manifest's own split, or its last fold"
+    )
     eval_share: float = _option(0.2, "share of each class held out when there are no folds", low=0.01, high=0.9)
     seconds: float = _option(10.0, "length of a crop; shorter clips are looped", low=0.16, high=60.0)
     mean: float = _option(AUDIOSET_MEAN, "mean of the log-mel features; `fastsskd stats` computes a set's own")
@@ -62,7 +65,9 @@ class MaskConfig:
     intra_p_time: float = _option(0.3, "probability that a touched patch gets a time band only", low=0.0, high=1.0)
     intra_p_freq: float = _option(0.3, "... a frequency band only; the rest gets both", low=0.0, high=1.0)
     intra_max_width: float = _option(0.25, "widest band, as a share of the patch side", low=0.0625, high=1.0)
-    inter_ratio: float = _option(0.75, "inter view: share of the patches masked (Table 3: 0.45 to 0.85)", low=0.01, high=0.99)
+    inter_ratio: float = _option(
+        0.75, "inter view: share of the patches masked (Table 3: 0.45 to 0.85)", low=0.01, high=0.99
+    )
     inter_sampling: str = _option("hog", "hog = Formula 1's weights, uniform = plain MAE", choices=("hog", "uniform"))
     hog_form: str = _option(
         "gaussian", "gaussian = exp(-(x-mu)^2/sigma^2); printed = Formula 1 as printed", choices=("gaussian", "printed")
@@ -71,9 +76,13 @@ class MaskConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    size: str = _option("base", "base (92 M), small, tiny, micro or nano", choices=("base", "small", "tiny", "micro", "nano"))
+    size: str = _option(
+        "base", "base (92 M), small, tiny, micro or nano", choices=("base", "small", "tiny", "micro", "nano")
+    )
     init: str = _option("", "checkpoint to start iteration 1 from: a file or folder of ours; empty = random")
-    drop_path: float = _option(0.0, "stochastic depth rate of the last block while training with labels", low=0.0, high=0.9)
+    drop_path: float = _option(
+        0.0, "stochastic depth rate of the last block while training with labels", low=0.0, high=0.9
+    )
     activation_checkpointing: bool = _option(False, "recompute the blocks in the backward pass: less memory, more time")
 
 
@@ -92,7 +101,8 @@ class LossConfig:
     contrast_inter: bool = _option(True, "Formula 8, inter view")
     hog_weight: bool = _option(True, "weight the reconstruction by HOG (Tables 1 and 4)")
     restore_target: str = _option(
-        "spectrogram", "spectrogram = the true one; res_raw = the raw view's own reconstruction (pseudo code)",
+        "spectrogram",
+        "spectrogram = the true one; res_raw = the raw view's own reconstruction (pseudo code)",
         choices=("spectrogram", "res_raw"),
     )
     restore_on: str = _option("all", "reconstruction over all pixels or the masked ones", choices=("all", "masked"))
@@ -110,7 +120,8 @@ class StageConfig:
 @dataclass(frozen=True)
 class DistillConfig(StageConfig):
     teacher: str = _option(
-        "", "checkpoint of the teacher; empty = none; `previous` = the last iteration's model; "
+        "",
+        "checkpoint of the teacher; empty = none; `previous` = the last iteration's model; "
         "`supervised` = a model of the same size trained with labels first",
     )
     labels: bool = _option(True, "cross entropy with the labels (the paper's text)")
@@ -121,7 +132,9 @@ class DistillConfig(StageConfig):
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    mixup: float = _option(0.0, "share of the training batches' clips that are mixed with another one", low=0.0, high=1.0)
+    mixup: float = _option(
+        0.0, "share of the training batches' clips that are mixed with another one", low=0.0, high=1.0
+    )
     mixup_alpha: int = _option(10, "the mixing ratio is drawn from Beta(alpha, alpha)", low=1, high=100)
     time_roll: bool = _option(False, "rotate each spectrogram by a random number of frames")
     noise: float = _option(0.0, "largest standard deviation of noise added to the normalised spectrogram", low=0.0)
@@ -247,7 +260,9 @@ def _check_together(config: Config, source: str) -> None:
     if overlap:
         raise UsageError(f"{source}: fold {min(overlap)} is in both data.train_folds and data.eval_folds")
     loss = config.loss
-    terms = [getattr(loss, f"{kind}_{view}") for kind in ("restore", "mse", "kl", "contrast") for view in ("intra", "inter")]
+    terms = [
+        getattr(loss, f"{kind}_{view}") for kind in ("restore", "mse", "kl", "contrast") for view in ("intra", "inter")
+    ]
     if "ssl" in config.recipe.stages and not any(terms):
         raise UsageError(f"{source}: [loss] switches off all eight terms; leave one on, or recipe.stages = ['distill']")
     if "distill" in config.recipe.stages and not (config.distill.labels or config.distill.teacher):

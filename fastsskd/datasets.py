@@ -19,7 +19,9 @@ def open_data(config: Config, total_batch: int, *, needs_labels: bool) -> tuple[
     """
     data = config.data
     if not data.manifest:
-        raise InputError("data.manifest is not set; make one with `fastsskd index SRC --out M` and --set data.manifest=M")
+        raise InputError(
+            "data.manifest is not set; make one with `fastsskd index SRC --out M` and --set data.manifest=M"
+        )
     whole = open_manifest(data.manifest)
     if data.eval_manifest:
         train_set, eval_set = whole, open_manifest(data.eval_manifest)
@@ -49,6 +51,8 @@ def _check_labels(train_set: Manifest, name: str) -> None:
     if not train_set.multi_label:
         labels = train_set.label_array()
         if (labels < 0).any():
-            raise InputError(f"{name}: {int((labels < 0).sum())} training clips have no label; index labelled clips only")
+            raise InputError(
+                f"{name}: {int((labels < 0).sum())} training clips have no label; index labelled clips only"
+            )
         if len(np.unique(labels)) < 2:
             raise InputError(f"{name}: all training clips are of one class; there is nothing to tell apart")

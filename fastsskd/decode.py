@@ -16,7 +16,7 @@ import torch
 from nvidia.dali import Pipeline, fn, math, pipeline_def, types
 
 SAMPLE_RATE = 16000
-#: Quality of DALI's sinc resampler, 0 to 100. 50, the default of the stand-alone operator, is 50 lobes of a Hann-windowed sinc.
+#: Of DALI's windowed-sinc resampler, from 0 (3 lobes) over 50 (16 lobes) to 100 (64 lobes).
 RESAMPLE_QUALITY = 50.0
 
 

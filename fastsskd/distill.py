@@ -48,7 +48,9 @@ class Distill(nn.Module):
         self._outside = (teacher,)
         self.uses_scores = teacher is not None and distill.teacher_labels and tuple(teacher.classes) == tuple(classes)
         if not (distill.labels or self.uses_scores or (teacher is not None and distill.gamma > 0)):
-            raise UsageError("[distill] leaves no loss: labels are off and the teacher gives neither scores nor features")
+            raise UsageError(
+                "[distill] leaves no loss: labels are off and the teacher gives neither scores nor features"
+            )
         same_width = teacher is None or teacher.embed_dim == model.embed_dim
         self.projection = None if same_width else nn.Linear(model.embed_dim, teacher.embed_dim)
 

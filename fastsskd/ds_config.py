@@ -15,11 +15,34 @@ from fastsskd.errors import InputError, UsageError
 
 #: Top-level keys we pass on to DeepSpeed, which by itself would ignore a misspelt one.
 KNOWN_KEYS = frozenset(
-    """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping fp16 bf16
-    zero_optimization zero_allow_untested_optimizer prescale_gradients gradient_predivide_factor
-    communication_data_type data_types steps_per_print wall_clock_breakdown memory_breakdown dump_state
-    tensorboard wandb csv_monitor comet flops_profiler comms_logger activation_checkpointing checkpoint
-    aio disable_allgather""".split()
+    [
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "fp16",
+        "bf16",
+        "zero_optimization",
+        "zero_allow_untested_optimizer",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+        "communication_data_type",
+        "data_types",
+        "steps_per_print",
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "dump_state",
+        "tensorboard",
+        "wandb",
+        "csv_monitor",
+        "comet",
+        "flops_profiler",
+        "comms_logger",
+        "activation_checkpointing",
+        "checkpoint",
+        "aio",
+        "disable_allgather",
+    ]
 )
 #: Keys with another owner: where the same thing is set instead.
 OWNED_BY_TOML = {
@@ -110,7 +133,9 @@ def check_device(tree: dict[str, Any], device: str) -> None:
                 "and fastsskd[cuda12]: see 'V100' in README.md"
             )
         if name == "bf16" and major < 8:
-            raise UsageError(f"ds_config: {card} (sm_{major}{minor}) has no bf16; use launch/ds_config_v100.json (fp16)")
+            raise UsageError(
+                f"ds_config: {card} (sm_{major}{minor}) has no bf16; use launch/ds_config_v100.json (fp16)"
+            )
 
 
 def batch_sizes(tree: dict[str, Any], world_size: int) -> BatchSizes:

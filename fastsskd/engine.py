@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fastsskd_kernels import derive_seed
 from torch import Tensor
 
 from fastsskd import distributed
 from fastsskd.errors import InputError
 from fastsskd.loader import Batch, Loader
 from fastsskd.schedule import learning_rate, set_learning_rate
+from fastsskd_kernels import derive_seed
 
 
 class Stopped(Exception):

@@ -22,7 +22,7 @@ from fastsskd.weights import ModelInfo, load_model
 
 @dataclass(frozen=True)
 class Scores:
-    """Class probabilities ``(n, C)`` float32 of the clips that could be read, their rows in the manifest, and the rest."""
+    """Class probabilities ``(n, C)`` of the clips that could be read, their rows in the manifest; why not the rest."""
 
     probs: np.ndarray
     index: np.ndarray
@@ -120,7 +120,9 @@ def table(metrics: dict[str, Any]) -> str:
     for name in ("accuracy", "top5", "mAP", "AUC", "d_prime"):
         if metrics[name] is not None:
             lines.append(f"{name:<10} {metrics[name]:.4f}")
-    lines.append(f"on {metrics['num_clips']} clips, {metrics['num_classes']} classes; {len(metrics['skipped'])} left out")
+    lines.append(
+        f"on {metrics['num_clips']} clips, {metrics['num_classes']} classes; {len(metrics['skipped'])} left out"
+    )
     width = max(len(name) for name in metrics["per_class"])
     lines.append(f"{'class':<{width}}  clips      AP     AUC  accuracy")
     for name, row in metrics["per_class"].items():

@@ -40,17 +40,17 @@ class ProgressLine:
             f"{stage:<14} step {log.step:>5}/{plan.total_steps}  epoch {log.step / plan.steps_per_epoch:5.1f}  "
             f"loss {log.metrics.get('loss', float('nan')):8.4f}  lr {log.lr:.1e}  "
             f"{log.clips / max(log.seconds, 1e-9):7.1f} clips/s  wait {100 * log.wait:4.1f} %  "
-            f"left {clock(self._left(stage, log.step, plan, this=True))} (run {clock(self._left(stage, log.step, plan))})"
+            f"left {clock(self._left(stage, log.step, plan))}, run {clock(self._left(stage, log.step, plan, run=True))}"
         )
         terminal = sys.stderr.isatty()
         print(("\r" if terminal else "") + line, end="" if terminal and not ends else "\n", file=sys.stderr, flush=True)
         self._open_line = terminal and not ends
 
-    def _left(self, stage: str, step: int, plan: StagePlan, this: bool = False) -> float:
-        """Seconds left of this stage, or of the run: later stages at the pace of their kind, or of this one if unknown."""
+    def _left(self, stage: str, step: int, plan: StagePlan, run: bool = False) -> float:
+        """Seconds left of the stage or the run: later stages at the pace of their kind, or of this one if unknown."""
         own = self.seconds_per_step[_kind(stage)]
         seconds = (plan.total_steps - step) * own
-        if this:
+        if not run:
             return seconds
         names = list(self.steps)
         for name in names[names.index(stage) + 1 :]:

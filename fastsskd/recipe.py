@@ -7,16 +7,16 @@ import math
 from pathlib import Path
 from typing import Any
 
-import fastsskd_kernels as kernels
 import torch
 
+import fastsskd_kernels as kernels
 from fastsskd import checkpoint, distributed, ds_config, weights
 from fastsskd.config import Config, StageConfig
+from fastsskd.datasets import open_data
 from fastsskd.distill import Distill
 from fastsskd.engine import Log, StagePlan, StopFlag, train_stage
 from fastsskd.errors import InputError
 from fastsskd.evaluate import evaluation_loader, score, summarise
-from fastsskd.datasets import open_data
 from fastsskd.loader import Loader
 from fastsskd.model import ACM, build_model
 from fastsskd.pretrain import Pretrain
@@ -172,7 +172,9 @@ class Recipe:
         source = self.folder.model(stage.start) if stage.start else options.init
         if source:
             report = weights.initialise_from(model, source)
-            self.folder.say(f"{stage.name}: starts from {source}: " + ", ".join(f"{len(v)} {k}" for k, v in report.items()))
+            self.folder.say(
+                f"{stage.name}: starts from {source}: " + ", ".join(f"{len(v)} {k}" for k, v in report.items())
+            )
         return model
 
     def _teacher(self, stage: Stage) -> Teacher | None:
@@ -234,7 +236,12 @@ class Recipe:
     def _info(self) -> weights.ModelInfo:
         data = self.config.data
         return weights.ModelInfo(
-            self.config.model.size, self.train_set.classes, self.train_set.multi_label, data.seconds, data.mean, data.std
+            self.config.model.size,
+            self.train_set.classes,
+            self.train_set.multi_label,
+            data.seconds,
+            data.mean,
+            data.std,
         )
 
     def _save(self, stage: Stage, engine: Any, step: int, loader: Loader) -> None:
@@ -256,7 +263,11 @@ class Recipe:
         if found is None:
             return 0
         path, progress = found
-        now = (distributed.world_size(), ds_config.zero_stage(self.deepspeed_config), ds_config.precision(self.deepspeed_config))
+        now = (
+            distributed.world_size(),
+            ds_config.zero_stage(self.deepspeed_config),
+            ds_config.precision(self.deepspeed_config),
+        )
         then = (progress.world_size, progress.zero_stage, progress.precision)
         if now != then:
             raise InputError(
@@ -282,9 +293,15 @@ def full_state(engine: Any, untrained: dict[str, torch.Tensor]) -> dict[str, tor
         if name in untrained:
             state[name] = untrained[name].cpu()
             continue
-        full = safe_get_full_fp32_param(parameter) if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id") else None
+        full = (
+            safe_get_full_fp32_param(parameter)
+            if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
+            else None
+        )
         state[name] = (parameter.detach() if full is None else full).float().cpu().clone()
     bad = [name for name, value in state.items() if not math.isfinite(float(value.abs().max()))]
     if bad:
-        raise InputError(f"the weights are not finite ({bad[0]}); lower the learning rate; the last checkpoint is untouched")
+        raise InputError(
+            f"the weights are not finite ({bad[0]}); lower the learning rate; the last checkpoint is untouched"
+        )
     return state

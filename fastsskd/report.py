@@ -23,7 +23,11 @@ def table(path: Path, result: dict[str, Any]) -> str:
     rows = [("stage", "loss terms (mean of the last epoch)", "accuracy", "mAP", "clips/s", "wait %")]
     named = [("teacher", result["teacher"])] if result["teacher"] else []
     for iteration in result["iterations"]:
-        named += [(f"iter{iteration['iteration']}-{kind}", iteration[kind]) for kind in ("ssl", "distill") if kind in iteration]
+        named += [
+            (f"iter{iteration['iteration']}-{kind}", iteration[kind])
+            for kind in ("ssl", "distill")
+            if kind in iteration
+        ]
     for name, stage in named:
         rows.append((name, _losses(stage.get("losses", {})), *_scores(stage["metrics"]), *_speed(stage)))
     if result["ensemble"]:
@@ -32,7 +36,9 @@ def table(path: Path, result: dict[str, Any]) -> str:
     text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     text.insert(1, "-" * sum(widths, 2 * len(widths) - 2))
     chance = _chance(result["metrics"])
-    text.append(f"evaluated on {result['num_eval']} clips, trained on {result['num_train']}{chance}; results in {path}/result.json")
+    text.append(
+        f"{result['num_train']} training clips, {result['num_eval']} for evaluation{chance}; see {path}/result.json"
+    )
     if result["skipped"]:
         text.append(f"{len(result['skipped'])} clip(s) could not be used and were left out:")
         text += [f"  {key}: {reason}" for key, reason in list(result["skipped"].items())[:20]]

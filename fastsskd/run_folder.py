@@ -74,7 +74,9 @@ class RunFolder:
                 (self.path / METRICS).write_text("", encoding="utf-8")
         self.progress.update(num_train=num_train, num_eval=num_eval)
         self._save_progress()
-        self.say(f"run {self.path}: {num_train} clips to train on, {num_eval} to evaluate on; stages: {', '.join(steps)}")
+        self.say(
+            f"run {self.path}: {num_train} clips to train on, {num_eval} to evaluate on; stages: {', '.join(steps)}"
+        )
 
     def say(self, text: str) -> None:
         """Tell people something, once."""
@@ -116,7 +118,9 @@ class RunFolder:
         with open(self.path / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if monitor is not None and monitor.enabled:
-            numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k not in ("step", "clips", "seconds")}
+            numbers = {
+                k: v for k, v in line.items() if isinstance(v, (int, float)) and k not in ("step", "clips", "seconds")
+            }
             monitor.write_events([(f"{stage}/{name}", value, log.step) for name, value in numbers.items()])
 
     def finish_stage(self, stage: str, metrics: dict[str, Any] | None) -> None:

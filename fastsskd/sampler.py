@@ -75,7 +75,7 @@ class Sampler:
 
 
 def balanced_weights(labels: list[np.ndarray], num_classes: int) -> np.ndarray:
-    """AudioSet's balanced sampling: a clip's weight is the sum over its labels of 1000 / (clips of the label + 0.01)."""
+    """AudioSet's balanced sampling: a clip weighs the sum over its labels of 1000 / (clips of the label + 0.01)."""
     counts = np.bincount(np.concatenate(labels).astype(np.int64), minlength=num_classes)
     per_class = 1000.0 / (counts + 0.01)
     return np.array([per_class[own].sum() for own in labels])

@@ -1,4 +1,4 @@
-"""Learning rate and parameter groups: pure functions of the configuration and the step, so resume has nothing to save."""
+"""Learning rate and parameter groups: functions of the configuration and the step, so resume has nothing to save."""
 
 from __future__ import annotations
 

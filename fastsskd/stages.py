@@ -12,7 +12,7 @@ class Stage:
     """One stage of the recipe.
 
     Attributes:
-        kind: ``"ssl"``, ``"distill"``, or ``"teacher"`` (labels only, the teacher of ``distill.teacher = "supervised"``).
+        kind: ``"ssl"``, ``"distill"``, or ``"teacher"`` (labels only, for ``distill.teacher = "supervised"``).
         iteration: 1, 2, ...; 0 for the teacher's.
         start: name of the stage whose weights it begins with; None = fresh weights or ``model.init``.
         teacher: name of the stage, or path, of its teacher; None = none.

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import fastsskd_kernels as kernels
 import torch
 from torch import Tensor
 
+import fastsskd_kernels as kernels
 from fastsskd.config import MaskConfig
 from fastsskd.loader import Batch
 from fastsskd.model import PATCH, patchify

@@ -94,7 +94,7 @@ def read_model_file(file: Path) -> tuple[dict[str, Tensor], ModelInfo]:
             about = (opened.metadata() or {}).get("fastsskd")
             if about is None:
                 raise InputError(f"checkpoint {file}: a safetensors file, but not a model of fastsskd")
-            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118: not a dict
+            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"checkpoint {file}: not a safetensors file, or damaged ({_first_line(error)})") from None
     about = json.loads(about)
@@ -133,7 +133,7 @@ def initialise_from(model: ACM, path: str | Path) -> dict[str, list[str]]:
             report["ignored"].append(name)
         else:
             raise InputError(
-                f"checkpoint {file}: a model of size {info.size!r} does not fit this one ({name}); set model.size to match"
+                f"checkpoint {file}: a model of size {info.size!r} does not fit this one ({name}); change model.size"
             )
     report["missing"] = [name for name in own if name not in take]
     unexpected = [name for name in report["missing"] if not name.startswith("head.")]
@@ -153,4 +153,7 @@ def resize_positions(pos_embed: Tensor, grid_size: tuple[int, int], mel_patches:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return (lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]).strip()[:160] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    # torch puts a heading first and the first concrete mismatch below it.
+    return (lines[1] if len(lines) > 1 and lines[0].endswith(":") else lines[0]).strip()[:160]

@@ -115,19 +115,14 @@ def read_tile(waveform, scale, start, tile):
 def window_frames(tile, window, work):
     """DC removal, pre-emphasis and window; rows from the frame's length to N become zero.
 
-    Sample n of lane j is tile[n % shift, j + n // shift]. The mean is taken of the distance from the first sample,
-    which keeps its precision under a large offset, in four sums, which keeps the adders busy.
+    The mean is corrected by the mean of what it leaves: one float32 sum under a large offset is off by enough to show in
+    quiet bins.
     """
     shift, length = tile.shape[0], window.size
-    pivot = load(tile, 0, 0)
-    a = b = c = d = splat(0.0)
-    for q in range((length + shift - 1) // shift):
-        for p in range(min(shift, length - q * shift)):
-            a, b, c, d = b, c, d, a + (load(tile, p, q) - pivot)
-    mean = pivot + ((a + b) + (c + d)) * splat(np.float32(1.0 / length))
-
+    mean = frame_mean(tile, length, splat(0.0))
+    mean = mean + frame_mean(tile, length, mean)
     emphasis = splat(np.float32(PREEMPHASIS))
-    previous = pivot - mean
+    previous = load(tile, 0, 0) - mean
     for q in range((length + shift - 1) // shift):
         for p in range(min(shift, length - q * shift)):
             current = load(tile, p, q) - mean
@@ -136,6 +131,20 @@ def window_frames(tile, window, work):
             previous = current
     for n in range(length, work.shape[0]):
         store(work, n, 0, splat(0.0))
+
+
+@njit
+def frame_mean(tile, length, offset):
+    """Mean of (sample - offset) per frame; sample n of lane j is tile[n % shift, j + n // shift].
+
+    Four sums take turns: an adder need not wait for its last result, and rounding grows more slowly.
+    """
+    shift = tile.shape[0]
+    a = b = c = d = splat(0.0)
+    for q in range((length + shift - 1) // shift):
+        for p in range(min(shift, length - q * shift)):
+            a, b, c, d = b, c, d, a + (load(tile, p, q) - offset)
+    return ((a + b) + (c + d)) * splat(np.float32(1.0 / length))
 
 
 @njit

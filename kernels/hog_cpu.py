@@ -72,12 +72,14 @@ def hog_batch(fbank, edges, cell, out):
     across = columns // cell
     rows = cell * (out.shape[1] // across)
     magnitude = np.empty(columns, np.float32)
-    passed = np.empty(columns, np.int32)
+    direction = np.empty((2, columns), np.float64)
+    passed = np.empty(columns, np.int64)
     for b in range(out.shape[0]):
         out[b] = 0.0
         for row in range(rows):
             above, here, below = neighbours(row, frames, rows)
-            pixel_bins(fbank[b, above], fbank[b, here], fbank[b, below], edges, magnitude, passed)
+            pixel_gradients(fbank[b, above], fbank[b, here], fbank[b, below], magnitude, direction)
+            pixel_bins(direction, edges, passed)
             first = row // cell * across
             for f in range(columns):
                 out[b, first + f // cell, passed[f]] += magnitude[f]
@@ -85,22 +87,26 @@ def hog_batch(fbank, edges, cell, out):
 
 
 @njit
-def pixel_bins(above, here, below, edges, magnitude, passed):
-    """Gradient magnitude of one row's pixels, and how many bin edges each direction has passed: its bin."""
+def pixel_gradients(above, here, below, magnitude, direction):
+    """Gradients of one row: magnitude, and (along time, along frequency) folded into [0, 180) degrees."""
     end = here.size - 1
     for f in range(here.size):
-        along_time = below[f] - above[f]
-        along_freq = here[min(f + 1, end)] - here[max(f - 1, 0)] if 0 < f < end else np.float32(0.0)
-        magnitude[f] = math.sqrt(along_time * along_time + along_freq * along_freq)
-        passed[f] = 0
-        # Unsigned: fold every direction into [0, 180) degrees; along frequency alone is 0, whatever its sign.
-        y, x = np.float64(abs(along_time)), np.float64(along_freq)
-        if along_time < 0.0:
-            x = -x
-        elif along_time == 0.0:
-            x = abs(x)
-        for edge in range(edges.shape[0]):
-            passed[f] += y * edges[edge, 0] - x * edges[edge, 1] >= 0.0
+        y = below[f] - above[f]
+        x = here[f + 1] - here[f - 1] if 0 < f < end else np.float32(0.0)
+        magnitude[f] = math.sqrt(y * y + x * x)
+        direction[0, f] = abs(y)
+        # A gradient along frequency alone is 0 degrees, whatever its sign.
+        direction[1, f] = -x if y < 0.0 or (y == 0.0 and x < 0.0) else x
+
+
+@njit
+def pixel_bins(direction, edges, passed):
+    """passed[f] = number of bin edges that the pixel's direction has passed: its bin."""
+    passed[:] = 0
+    for edge in range(edges.shape[0]):
+        cosine, sine = edges[edge]
+        for f in range(passed.size):
+            passed[f] += direction[0, f] * cosine - direction[1, f] * sine >= 0.0
 
 
 @njit

@@ -20,7 +20,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog="Fields of the TOML, with their defaults:\n\n" + config.describe(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--ds_config", required=True, help="DeepSpeed JSON: batch sizes, precision, ZeRO, clipping, logs")
+    parser.add_argument(
+        "--ds_config", required=True, help="DeepSpeed JSON: batch sizes, precision, ZeRO, clipping, logs"
+    )
     parser.add_argument("--config", required=True, help="TOML: everything else; presets are in launch/configs/")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="change one field of the TOML")
     parser.add_argument("--resume", action="store_true", help="continue the run in run.out")

@@ -2,15 +2,17 @@
 
 import glob
 import mmap
+import sys
 from pathlib import Path
 
-import damaged_audio
 import numpy as np
 import pytest
 import soundfile
 
-from fastsskd import audio_file
 from fastsskd.audio_file import AudioInfo, BadClip, check_decoded, check_decoded_length, probe
+
+sys.path.insert(0, str(Path(__file__).parent))  # helpers beside the tests, whatever pytest's import mode
+import damaged_audio
 
 ESC10 = Path(__file__).parents[2] / "shared/data/esc10"
 GOOD, BAD = damaged_audio.good_clips(), damaged_audio.bad_clips()
@@ -20,7 +22,6 @@ LEFT_TO_DECODER = {
     "hole_flac16.flac",
     "blank_flac16.flac",
     "cut_last_byte_flac16.flac",
-    "cut_tail_flac16.flac",
     "nan.wav",
     "inf.wav",
     "overflows.wav",
@@ -239,4 +240,3 @@ def test_check_decoded():
 def test_info_in_seconds():
     assert AudioInfo("wav", 8_000, 1, 4_000).seconds == 0.5
     assert AudioInfo("wav", 8_000, 1, None).seconds is None
-    assert audio_file.BadClip is BadClip

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import fastsskd_kernels as kernels
 import torch
 from torch import Tensor, nn
 
+import fastsskd_kernels as kernels
 from fastsskd.errors import InputError
 from fastsskd.weights import ModelInfo, load_model
 

@@ -1,0 +1,267 @@
+"""The producer behind a loader: one thread that turns clip indices into ready batches, in order.
+
+Read and probe (threads) -> DALI: decode, resample, crop or loop, copy to the device -> check -> fbank and HOG -> queue.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fastsskd_kernels as kernels
+from fastsskd.audio_file import AudioInfo, BadClip, check_decoded_length, probe
+from fastsskd.batch import Batch
+from fastsskd.decode import SAMPLE_RATE, DecodeError, Decoder, EncodedClip
+from fastsskd.manifest import Manifest
+from fastsskd.sampler import Sampler
+
+_CROP_STREAM = 100  # random streams from 100 on are ours; below, the masks' (kernels/random.py)
+_DALI_DEPTH = 2  # batches DALI decodes ahead
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """What a stream loads and how; the fields are those of :class:`~fastsskd.loader.Loader`."""
+
+    manifest: Manifest
+    sampler: Sampler
+    train: bool
+    seed: int
+    num_samples: int
+    num_frames: int
+    mean: float
+    std: float
+    device: torch.device
+    workers: int
+    prefetch: int
+    waveform: bool
+
+
+@dataclass
+class _Planned:
+    """One batch between the sampler and the queue: its clips, and those found bad so far."""
+
+    index: np.ndarray
+    seed: np.ndarray
+    position: int
+    clips: list[EncodedClip]
+    infos: list[AudioInfo]
+    skipped: dict[str, str]
+
+
+class Stream:
+    """The producer thread and its queue.
+
+    It does not refer to the Loader, so that a Loader nobody uses any more is collected and its thread stopped.
+
+    Args:
+        settings: what to load and how.
+        epoch, position: the cursor to start at.
+    """
+
+    def __init__(self, settings: StreamSettings, epoch: int, position: int):
+        self._s = settings
+        self._plans = self._plan(epoch, position)
+        self._reading: deque = deque()  # batches whose files are being read
+        self._decoding: deque[_Planned] = deque()  # batches inside DALI, in order
+        self._queue: queue.Queue = queue.Queue(maxsize=settings.prefetch)
+        self._stopped = threading.Event()
+        self._pool = ThreadPoolExecutor(settings.workers, thread_name_prefix="fastsskd-read")
+        self._thread = threading.Thread(target=self._produce, name="fastsskd-loader", daemon=True)
+        self._thread.start()
+
+    def get(self) -> tuple[Batch, int, dict[str, str]]:
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        batch, position, skipped, ready = item
+        if ready is not None:  # made on the producer's CUDA stream
+            current = torch.cuda.current_stream(self._s.device)
+            current.wait_event(ready)
+            for field in fields(batch):
+                value = getattr(batch, field.name)
+                if isinstance(value, Tensor) and value.is_cuda:
+                    value.record_stream(current)
+        return batch, position, skipped
+
+    def stop(self) -> None:
+        self._stopped.set()
+        while self._thread.is_alive():  # the producer may be waiting for room in the queue
+            try:
+                self._queue.get_nowait()
+            except queue.Empty:
+                self._thread.join(timeout=0.05)
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    # The rest runs in the producer thread.
+
+    def _plan(self, epoch: int, position: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+        """Clips, their seeds, and the position after each batch; training goes on through all epochs to come."""
+        while True:
+            for index, after in self._s.sampler.batches(epoch, position):
+                yield index, kernels.derive_seeds(self._s.seed, epoch, index), after
+            if not self._s.train:
+                return
+            epoch, position = epoch + 1, 0
+
+    def _produce(self) -> None:
+        try:
+            if self._s.device.type == "cuda":
+                torch.cuda.set_device(self._s.device)
+                with torch.cuda.stream(torch.cuda.Stream(self._s.device)):
+                    self._produce_all()
+            else:
+                self._produce_all()
+        except BaseException as error:  # whatever it is, the consumer must hear of it rather than wait for ever
+            self._put(error)
+
+    def _produce_all(self) -> None:
+        decoder = Decoder(
+            self._next_source,
+            max_batch=self._s.sampler.batch_size,
+            num_samples=self._s.num_samples,
+            device=self._s.device,
+            num_threads=self._s.workers,
+            depth=_DALI_DEPTH,
+        )
+        while not self._stopped.is_set():
+            try:
+                waveforms = decoder.run()
+            except DecodeError:
+                waveforms = None
+            except StopIteration:
+                self._flush_empty()
+                return
+            self._flush_empty()
+            planned = self._decoding.popleft()
+            if waveforms is None:
+                waveforms = self._decode_each(decoder, planned)
+            self._finish(planned, *waveforms)
+
+    def _next_source(self) -> list[EncodedClip]:
+        """DALI's source: the next batch that has a readable clip, its files read ahead by the pool."""
+        while True:
+            while len(self._reading) < 1 + _DALI_DEPTH:
+                plan = next(self._plans, None)
+                if plan is None or self._stopped.is_set():
+                    break
+                index, seed, position = plan
+                crops = kernels.uniform(torch.from_numpy(seed), 1, stream=_CROP_STREAM)[:, 0].tolist()
+                crops = crops if self._s.train else [0.0] * len(crops)
+                jobs = [self._pool.submit(self._read, i, crop) for i, crop in zip(index.tolist(), crops, strict=True)]
+                self._reading.append((index, seed, position, jobs))
+            if not self._reading:
+                raise StopIteration
+            planned = self._collect(*self._reading.popleft())
+            self._decoding.append(planned)
+            if planned.clips:
+                return planned.clips
+
+    def _read(self, i: int, crop: float) -> tuple[EncodedClip, AudioInfo] | BadClip:
+        """Read and probe one file (in a pool thread)."""
+        try:
+            if self._s.manifest.bad(i):
+                raise BadClip(self._s.manifest.bad(i))
+            data = np.fromfile(self._s.manifest.path(i), np.uint8)
+            return EncodedClip(data, crop, self._s.manifest.segment(i)), probe(data.data)
+        except BadClip as bad:
+            return bad
+        except OSError as error:
+            return BadClip(f"cannot be read: {error.strerror or error}")
+
+    def _collect(self, index: np.ndarray, seed: np.ndarray, position: int, jobs: list) -> _Planned:
+        results = [job.result() for job in jobs]
+        good = np.array([not isinstance(r, BadClip) for r in results], dtype=bool)
+        skipped = {
+            self._s.manifest.key(i): str(r) for i, r in zip(index, results, strict=True) if isinstance(r, BadClip)
+        }
+        pairs = [r for r in results if not isinstance(r, BadClip)]
+        return _Planned(index[good], seed[good], position, [c for c, _ in pairs], [i for _, i in pairs], skipped)
+
+    def _decode_each(self, decoder: Decoder, planned: _Planned) -> tuple[Tensor, np.ndarray, np.ndarray]:
+        """DALI refused the batch: decode its clips one by one and leave out the one at fault."""
+        parts, good = [], []
+        for place, clip in enumerate(planned.clips):
+            try:
+                parts.append(decoder.run_one(clip))
+                good.append(place)
+            except DecodeError as error:
+                planned.skipped[self._s.manifest.key(planned.index[place])] = str(error)
+        _keep(planned, good)
+        if not parts:
+            return torch.empty(0, self._s.num_samples, device=self._s.device), np.empty(0), np.empty(0)
+        return (
+            torch.cat([p[0] for p in parts]),
+            np.concatenate([p[1] for p in parts]),
+            np.concatenate([p[2] for p in parts]),
+        )
+
+    def _finish(self, planned: _Planned, waveform: Tensor, lengths: np.ndarray, totals: np.ndarray) -> None:
+        """Check what DALI does not report, compute the features, put the batch in the queue."""
+        good = []
+        for place, (info, length, total) in enumerate(zip(planned.infos, lengths, totals, strict=True)):
+            try:
+                check_decoded_length(int(length), info, SAMPLE_RATE)
+                if not np.isfinite(total):
+                    raise BadClip("holds NaN or infinite samples")
+                good.append(place)
+            except BadClip as bad:
+                planned.skipped[self._s.manifest.key(planned.index[place])] = str(bad)
+        if len(good) < len(lengths):
+            _keep(planned, good)
+            waveform = waveform[torch.tensor(good, dtype=torch.int64, device=waveform.device)]
+        self._deliver(planned, waveform)
+
+    def _flush_empty(self) -> None:
+        """Deliver the batches at the head of the line that never went into DALI: no clip of theirs was readable."""
+        while self._decoding and not self._decoding[0].clips:
+            planned = self._decoding.popleft()
+            self._deliver(planned, torch.empty(0, self._s.num_samples, device=self._s.device))
+
+    def _deliver(self, planned: _Planned, waveform: Tensor) -> None:
+        fbank, hog = self._features(waveform)
+        label = torch.from_numpy(self._s.manifest.label_of(planned.index)).to(self._s.device)
+        batch = Batch(
+            fbank,
+            hog,
+            label,
+            [self._s.manifest.key(i) for i in planned.index],
+            torch.from_numpy(planned.index.astype(np.int64)),
+            torch.from_numpy(planned.seed).to(self._s.device),
+            waveform if self._s.waveform else None,
+        )
+        ready = torch.cuda.current_stream(self._s.device).record_event() if self._s.device.type == "cuda" else None
+        self._put((batch, planned.position, planned.skipped, ready))
+
+    def _features(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
+        """fbank and HOG; on a CPU the rows are shared out over the pool, whose kernels release the GIL."""
+        settings = {"num_frames": self._s.num_frames, "mean": self._s.mean, "std": self._s.std}
+        if waveform.is_cuda or len(waveform) < 2 or self._s.workers == 1:
+            return kernels.features(waveform, **settings)
+        rows = waveform.chunk(self._s.workers)
+        parts = list(self._pool.map(lambda chunk: kernels.features(chunk, **settings), rows))
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    def _put(self, item: Any) -> None:
+        while not self._stopped.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+
+def _keep(planned: _Planned, good: list[int]) -> None:
+    """Reduce a planned batch to the clips at the places ``good``."""
+    planned.index, planned.seed = planned.index[good], planned.seed[good]
+    planned.clips = [planned.clips[place] for place in good]
+    planned.infos = [planned.infos[place] for place in good]
