@@ -34,10 +34,14 @@ def augment(fbank: Tensor, seed: Tensor, config: AugmentConfig, num_frames: int)
 def mixup_partner(seed: Tensor, config: AugmentConfig) -> tuple[Tensor, Tensor]:
     """Whom each clip is mixed with, and its own share.
 
+    Neighbours are paired, (0, 1), (2, 3), ...: the pairs stay together however many ranks share the batch, so with an
+    even number of clips a rank the run does not depend on the number of ranks.
+
     Returns:
-        ``(B,)`` int64 partners (the batch rotated by one place) and ``(B,)`` float32 ratios; 1 = not mixed.
+        ``(B,)`` int64 partners (an odd last clip is its own) and ``(B,)`` float32 ratios; 1 = not mixed.
     """
-    partner = torch.arange(len(seed), device=seed.device).roll(1)
+    place = torch.arange(len(seed), device=seed.device)
+    partner = (place ^ 1).clamp_max(len(seed) - 1)
     # The median of 2a - 1 uniform draws is distributed as Beta(a, a).
     draws = kernels.uniform(seed, 2 * config.mixup_alpha, stream=_STREAM + 1)
     ratio = draws[:, 1:].median(dim=1).values

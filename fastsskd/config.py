@@ -21,7 +21,7 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 AUDIOSET_MEAN, AUDIOSET_STD = -4.2677393, 4.5689974
-SIZES = ("base", "small", "tiny", "micro", "nano")  # the presets of fastsskd/model.py
+SIZES = ("base", "small", "tiny", "micro", "mini", "nano")  # the presets of fastsskd/model.py
 
 
 def _option(default: Any, doc: str, **limits: Any) -> Any:

@@ -205,8 +205,12 @@ class _Meter:
         return step % self.every == 0
 
     def log(self, step: int, lr: float, grad_norm: float) -> Log:
-        """Close the interval: this waits for the device."""
-        metrics = {name: float(value) / max(self.weight, 1e-9) for name, value in self.sums.items()}
+        """Close the interval; the means are over all ranks. This waits for the device and for the other ranks."""
+        own = ({name: float(value) for name, value in self.sums.items()}, self.weight)
+        ranks = [rank for rank in distributed.gather_objects(own) if rank[0]]
+        weight = max(sum(weight for _, weight in ranks), 1e-9)
+        names = ranks[0][0] if ranks else ()
+        metrics = {name: sum(sums[name] for sums, _ in ranks) / weight for name in names}
         seconds = time.perf_counter() - self.begin
         log = Log(step, metrics, lr, grad_norm, self.clips, seconds, self.waited / max(seconds, 1e-9))
         self._reset(step)

@@ -38,8 +38,8 @@ def bell(rng: Rng, num_samples: int, rate: int) -> np.ndarray:
         if ratio * pitch < HIGHEST * rate:
             decay = np.exp(-seconds * np.float32(ratio**0.7 * 2 / ring))
             strike += np.float32(strength) * decay * np.sin(np.float32(2 * np.pi * ratio * pitch) * seconds)
-    times = np.cumsum(rng.uniform(0.7, 2.2) * rng.uniform(0.9, 1.1, 12)) - rng.uniform(0.5, 0.7)
-    return _place([(time, strike * rng.uniform(0.6, 1.0)) for time in times.clip(0)], num_samples, rate)
+    times = rng.uniform(0, 0.15) + rng.uniform(0.7, 2.5) * np.arange(int(rng.integers(1, 10)))
+    return _place([(time, strike * rng.uniform(0.6, 1.0)) for time in times], num_samples, rate)
 
 
 def bird_chirps(rng: Rng, num_samples: int, rate: int) -> np.ndarray:
@@ -192,8 +192,10 @@ def wind(rng: Rng, num_samples: int, rate: int) -> np.ndarray:
 
 CLASSES: dict[str, Callable[[Rng, int, int], np.ndarray]] = {
     make.__name__: make
-    for make in (alarm_beeps, bell, bird_chirps, clock_ticks, dog_bark, door_knock)
-    + (engine, footsteps, glass_break, rain, siren, wind)
+    for make in [
+        *(alarm_beeps, bell, bird_chirps, clock_ticks, dog_bark, door_knock),
+        *(engine, footsteps, glass_break, rain, siren, wind),
+    ]
 }
 
 

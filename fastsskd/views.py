@@ -26,7 +26,7 @@ class Views:
         intra_mask: ``(B, N, P)`` bool, True = masked pixel.
         inter_mask: ``(B, N)`` bool, True = masked patch.
         ids_keep: ``(B, V)`` int64, the visible patches of the inter view in order; ``V = N - round(ratio * N)``.
-        weight: ``(B, N)`` Formula 1's weight of each patch.
+        weight: ``(B, N)`` Formula 2's weight of each patch, a Gaussian of its mean gradient.
     """
 
     raw: Tensor
@@ -40,8 +40,10 @@ class Views:
 def make_views(batch: Batch, config: MaskConfig) -> Views:
     """Build the views of a batch; no gradient, no waiting for the device."""
     grid_size = (batch.fbank.shape[1] // PATCH, batch.fbank.shape[2] // PATCH)
-    weight = kernels.patch_weight(batch.hog, form=config.hog_form)
-    sampling = weight if config.inter_sampling == "hog" else torch.ones_like(weight)
+    weight = kernels.patch_weight(batch.hog)
+    # Formula 1 as printed is an option of the draw alone: Formula 2 prints the Gaussian.
+    drawn = weight if config.hog_form == "gaussian" else kernels.patch_weight(batch.hog, form=config.hog_form)
+    sampling = drawn if config.inter_sampling == "hog" else torch.ones_like(weight)
     inter_mask = kernels.inter_patch_mask(sampling, config.inter_ratio, generator=batch.seed)
     intra_mask = kernels.intra_patch_mask(
         len(batch),

@@ -115,8 +115,8 @@ def read_tile(waveform, scale, start, tile):
 def window_frames(tile, window, work):
     """DC removal, pre-emphasis and window; rows from the frame's length to N become zero.
 
-    The mean is corrected by the mean of what it leaves: one float32 sum under a large offset is off by enough to show in
-    quiet bins.
+    The mean is corrected by the mean of what it leaves: under a large offset one float32 sum is off by enough to show
+    in quiet bins.
     """
     shift, length = tile.shape[0], window.size
     mean = frame_mean(tile, length, splat(0.0))

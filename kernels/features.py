@@ -59,6 +59,7 @@ def features(
     std: float = AUDIOSET_STD,
     patch: int = 16,
     backend: str = "auto",
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The model's input and the patches' mean gradients, from a batch of mono clips.
 
@@ -76,6 +77,8 @@ def features(
         mean, std: of the data set; the result is ``(fbank - mean) / (2 * std)``.
         patch: side of a patch in pixels.
         backend: ``"auto"``, ``"torch"`` or ``"numba"``; see ``resolve_backend``.
+        out: contiguous tensors to write both results into, for instance a slice of a pinned batch: fresh memory for
+            every clip can cost as much as the computation.
 
     Returns:
         fbank: (B, num_frames, F) float32, zero-padded before normalisation.
@@ -84,44 +87,61 @@ def features(
             ``hog.isfinite().all(1)`` finds such clips without reading the spectrogram.
 
     Raises:
-        ValueError: as ``fbank``; or num_frames, num_mel_bins, patch or std that do not fit.
+        ValueError: as ``fbank``; or num_frames, num_mel_bins, patch, std or out that do not fit.
     """
     check_waveform(waveform, sample_rate, num_mel_bins, window)
     frames = count_frames(waveform.shape[1], sample_rate)
     if num_frames is None:
         num_frames = padded_frames(waveform.shape[1], sample_rate, patch)
+    _check_geometry(frames, num_frames, num_mel_bins, patch)
+    if not std > 0.0:
+        raise ValueError(f"std={std}: expected more than 0")
+    patches = (num_frames // patch) * (num_mel_bins // patch)
+    fbank, hog = _outputs(out, waveform, (num_frames, num_mel_bins), (patches,))
+    factor = 0.5 / std
+    if resolve_backend(backend, waveform) == "numba":
+        plan, (samples, scale) = make_plan(sample_rate, num_mel_bins, window), numpy_waveform(waveform)
+        norm = np.float32(mean), np.float32(factor)
+        features_batch(samples, scale, frames, plan, norm, patch, fbank.numpy(), hog.numpy())
+    else:
+        spectrogram = fbank_torch(waveform, sample_rate, num_mel_bins, window)
+        hog.copy_(hog_patch_mean_torch(pad_frames(spectrogram, num_frames, "repeat"), patch))
+        torch.sub(pad_frames(spectrogram, num_frames, "zero"), mean, out=fbank).mul_(factor)
+    return fbank, hog
+
+
+def _check_geometry(frames: int, num_frames: int, num_mel_bins: int, patch: int) -> None:
     if patch < 1 or num_mel_bins % patch or num_frames % patch:
         raise ValueError(f"num_frames={num_frames}, num_mel_bins={num_mel_bins}: expected multiples of patch={patch}")
     if num_frames < frames:
         raise ValueError(f"num_frames={num_frames}: the clip has {frames} frames; crop the waveform first")
-    if not std > 0.0:
-        raise ValueError(f"std={std}: expected more than 0")
-    if resolve_backend(backend, waveform) == "numba":
-        batch, patches = waveform.shape[0], (num_frames // patch) * (num_mel_bins // patch)
-        spectrogram = waveform.new_empty(batch, num_frames, num_mel_bins, dtype=torch.float32)
-        hog = waveform.new_empty(batch, patches, dtype=torch.float32)
-        plan = make_plan(sample_rate, num_mel_bins, window)
-        factor = np.float32(0.5 / std)
-        samples, scale = numpy_waveform(waveform)
-        features_batch(samples, scale, frames, plan, np.float32(mean), factor, patch, spectrogram.numpy(), hog.numpy())
-        return spectrogram, hog
-    spectrogram = fbank_torch(waveform, sample_rate, num_mel_bins, window)
-    hog = hog_patch_mean_torch(pad_frames(spectrogram, num_frames, "repeat"), patch)
-    return (pad_frames(spectrogram, num_frames, "zero") - mean) / (2.0 * std), hog
+
+
+def _outputs(out: tuple | None, waveform: torch.Tensor, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    """The caller's tensors, checked, or new ones: float32, one per shape of a clip, on the waveform's device."""
+    shapes = [(waveform.shape[0], *shape) for shape in shapes]
+    if out is None:
+        return [waveform.new_empty(shape, dtype=torch.float32) for shape in shapes]
+    for tensor, shape in zip(out, shapes, strict=True):
+        fits = tensor.shape == shape and tensor.dtype == torch.float32 and tensor.device == waveform.device
+        if not (fits and tensor.is_contiguous()):
+            found = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            raise ValueError(f"out: expected contiguous float32 {shape} on {waveform.device}, got {found}")
+    return list(out)
 
 
 @njit
-def features_batch(waveform, scale, frames, plan, mean, factor, patch, fbank, hog):
+def features_batch(waveform, scale, frames, plan, norm, patch, fbank, hog):
     """Each clip while it is in cache: log-mel into ``fbank``, its patch means, then padding and normalisation."""
     for b in range(fbank.shape[0]):
         fbank_clip(waveform[b], scale, frames, plan, fbank[b])
         patch_mean_clip(fbank[b], frames, patch, hog[b])
-        fbank[b, frames:] = 0.0
-        normalise(fbank[b].reshape(-1), mean, factor)
+        fbank[b, frames:] = np.float32(0.0)
+        normalise(fbank[b].reshape(-1), norm)
 
 
 @inlined
-def normalise(x, mean, factor):
-    """x = (x - mean) * factor."""
+def normalise(x, norm):
+    """x = (x - mean) * factor, where norm = (mean, factor)."""
     for i in range(x.size):
-        x[i] = (x[i] - mean) * factor
+        x[i] = (x[i] - norm[0]) * norm[1]

@@ -11,11 +11,14 @@ from fastsskd_kernels.random import (
     STREAM_INTRA_ORDER,
     STREAM_INTRA_SHARE,
     clip_seeds,
+    random_bits,
     uniform,
     uniform64,
 )
 
 MAX_EXPONENT = 80.0  # exp(-80) = 1.8e-35 is still a normal float32: no weight underflows to zero
+FIELD_BITS = 21  # a random word of 64 bits is cut into three fields
+FIELD = 1 << FIELD_BITS
 FLAT = 1e-6  # a spread below this fraction of the mean is rounding, not signal
 
 
@@ -126,39 +129,53 @@ def intra_patch_mask(
     if min(p_time, p_freq, p_both) < 0.0 or abs(p_time + p_freq + p_both - 1.0) > 1e-6:
         raise ValueError(f"p_time + p_freq + p_both: expected 1 without negatives, got {p_time}, {p_freq}, {p_both}")
     seeds = clip_seeds(generator, batch, torch.device(device) if device is not None else generator.device)
-    touched = _touched_patches(seeds, grid_size[0] * grid_size[1], max_share)
-    noise = uniform(seeds, 5 * touched.shape[1], stream=STREAM_INTRA_BANDS).view(batch, 5, -1)
-    kind, widest = noise[:, 0], max(1, int(max_width * patch))
-    has_time = touched & ((kind < p_time) | (kind >= p_time + p_freq))
-    has_freq = touched & (kind >= p_time)
-    time = _bands(noise[:, 1], noise[:, 2], patch, widest) & has_time.unsqueeze(-1)
-    freq = _bands(noise[:, 3], noise[:, 4], patch, widest) & has_freq.unsqueeze(-1)
+    patches, widest = grid_size[0] * grid_size[1], max(1, int(max_width * patch))
+    touched = _touched_patches(seeds, patches, max_share)
+    words = random_bits(seeds, 2 * patches, stream=STREAM_INTRA_BANDS)
+    kind = _field(words[:, :patches], 2)
+    has_time = touched & ((kind < p_time * FIELD) | (kind >= (p_time + p_freq) * FIELD))
+    has_freq = touched & (kind >= p_time * FIELD)
+    time = _bands(words[:, :patches], patch, widest, has_time)
+    freq = _bands(words[:, patches:], patch, widest, has_freq)
     return _paint(time, freq, grid_size)
 
 
 def _touched_patches(seeds: torch.Tensor, patches: int, max_share: float) -> torch.Tensor:
     """(B,) seeds -> (B, N) bool: k patches of each clip, k uniform on 0 ... max_share * N."""
-    share = uniform(seeds, 1, stream=STREAM_INTRA_SHARE)
-    count = (share * (int(max_share * patches) + 1)).long()
+    most = int(max_share * patches)
+    count = (uniform(seeds, 1, stream=STREAM_INTRA_SHARE) * (most + 1)).long()
     order = uniform64(seeds, patches, stream=STREAM_INTRA_ORDER)
-    # The k smallest of N numbers are those below the k-th of them, counted from 0.
-    limit = torch.nn.functional.pad(order.sort(dim=1).values, (0, 1), value=2.0).gather(1, count)
-    return order < limit
+    first = order.topk(most, dim=1, largest=False, sorted=True).indices
+    taken = torch.arange(most, device=seeds.device) < count
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(1, first, taken)
 
 
-def _bands(width_noise: torch.Tensor, start_noise: torch.Tensor, patch: int, widest: int) -> torch.Tensor:
-    """Two (B, N) uniforms -> (B, N, patch) bool: one run of 1 ... widest pixels, anywhere it fits."""
-    width = (width_noise * widest).long() + 1
-    start = (start_noise * (patch - width + 1)).long()
-    pixel = torch.arange(patch, device=width.device)
-    start, width = start.unsqueeze(-1), width.unsqueeze(-1)
-    return (pixel >= start) & (pixel < start + width)
+def _field(words: torch.Tensor, place: int) -> torch.Tensor:
+    """One of the three fields of each random word, as int64 in [0, FIELD)."""
+    return (words >> (place * FIELD_BITS)) & (FIELD - 1)
+
+
+def _bands(words: torch.Tensor, patch: int, widest: int, wanted: torch.Tensor) -> torch.Tensor:
+    """Random words (B, N) -> (B, N, patch) bool: one run of 1 ... widest pixels, anywhere it fits, where wanted."""
+    width = 1 + ((_field(words, 0) * widest) >> FIELD_BITS)
+    start = (_field(words, 1) * (patch - width + 1)) >> FIELD_BITS
+    stop = start + width * wanted
+    small = torch.uint8 if patch < 256 else torch.int32  # the only large comparisons
+    pixel = torch.arange(patch, device=words.device).to(small)
+    return (pixel >= start.to(small).unsqueeze(-1)) & (pixel < stop.to(small).unsqueeze(-1))
 
 
 def _paint(time: torch.Tensor, freq: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
-    """Bands along each axis of each patch, (B, N, patch) bool -> the union as an image (B, T, F)."""
+    """Bands along each axis of each patch, (B, N, patch) bool -> the union as an image (B, T, F).
+
+    Eight pixels of a row are one int64 word here (where the patch allows): the image is large and the bands are few.
+    """
     batch, _, patch = time.shape
     rows, columns = grid_size
-    time = time.view(batch, rows, columns, patch).transpose(2, 3).unsqueeze(-1)
-    freq = freq.view(batch, rows, 1, columns, patch)
-    return (time | freq).reshape(batch, rows * patch, columns * patch)
+    word, full = (torch.int64, 0x0101010101010101) if patch % 8 == 0 else (torch.uint8, 1)
+    time = time.view(batch, rows, columns, patch).transpose(2, 3).to(word) * full
+    freq = freq.view(word).view(batch, rows, 1, columns, -1)
+    image = time.new_empty(batch, rows, patch, columns, freq.shape[-1])
+    for i in range(freq.shape[-1]):
+        torch.bitwise_or(time, freq[..., i], out=image[..., i])
+    return image.view(torch.bool).view(batch, rows * patch, columns * patch)

@@ -43,16 +43,16 @@ def _mix_numpy(z: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
-def _shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:
+def shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:
     """Logical shift: torch shifts int64 arithmetically, so the copies of the sign bit are masked away."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _mix_torch(z: torch.Tensor) -> torch.Tensor:
     """splitmix64's finaliser on an int64 tensor, whose products wrap."""
-    z = (z ^ _shift_right(z, 30)) * _signed(MIX1)
-    z = (z ^ _shift_right(z, 27)) * _signed(MIX2)
-    return z ^ _shift_right(z, 31)
+    z = (z ^ shift_right(z, 30)) * _signed(MIX1)
+    z = (z ^ shift_right(z, 27)) * _signed(MIX2)
+    return z ^ shift_right(z, 31)
 
 
 def derive_seed(*parts: int) -> int:
@@ -113,8 +113,22 @@ def clip_seeds(generator: torch.Generator | torch.Tensor, batch: int, device: to
     return seeds.to(device, non_blocking=True)
 
 
-def _bits(seeds: torch.Tensor, n: int, stream: int) -> torch.Tensor:
-    """(B,) int64 -> (B, n) int64 of 64 random bits: the states of splitmix64 after 1, 2 ... n steps, finalised."""
+def random_bits(seeds: torch.Tensor, n: int, *, stream: int) -> torch.Tensor:
+    """Random words per clip: the states of splitmix64 after 1, 2 ... n steps, finalised.
+
+    Args:
+        seeds: (B,) int64, any device.
+        n: words per clip.
+        stream: which sequence of the clip; each use has its own constant.
+
+    Returns:
+        (B, n) int64, all 64 bits random.
+
+    Raises:
+        ValueError: seeds that are not a one-dimensional int64 tensor.
+    """
+    if seeds.dtype != torch.int64 or seeds.ndim != 1:
+        raise ValueError(f"seeds: expected int64 of shape (B,), got {seeds.dtype} {tuple(seeds.shape)}")
     # The seed is hashed first: neighbouring seeds would otherwise walk the same sequence one step apart.
     key = _mix_torch(seeds + _signed(derive_seed(stream)))
     steps = torch.arange(1, n + 1, device=seeds.device) * _signed(GAMMA)
@@ -135,17 +149,10 @@ def uniform(seeds: torch.Tensor, n: int, *, stream: int) -> torch.Tensor:
     Raises:
         ValueError: seeds that are not a one-dimensional int64 tensor.
     """
-    _check_seeds(seeds)
-    return _shift_right(_bits(seeds, n, stream), 40).to(torch.float32) * 2.0**-24
+    return shift_right(random_bits(seeds, n, stream=stream), 40).to(torch.float32) * 2.0**-24
 
 
 def uniform64(seeds: torch.Tensor, n: int, *, stream: int) -> torch.Tensor:
     """As ``uniform``, (B, n) float64 in [0, 1) in multiples of 2^-53: for ranking, where equal draws would favour
     the lower position."""
-    _check_seeds(seeds)
-    return _shift_right(_bits(seeds, n, stream), 11).to(torch.float64) * 2.0**-53
-
-
-def _check_seeds(seeds: torch.Tensor) -> None:
-    if seeds.dtype != torch.int64 or seeds.ndim != 1:
-        raise ValueError(f"seeds: expected int64 of shape (B,), got {seeds.dtype} {tuple(seeds.shape)}")
+    return shift_right(random_bits(seeds, n, stream=stream), 11).to(torch.float64) * 2.0**-53
