@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import fastsskd_kernels as kernels
 import numpy as np
 import torch
 
+import fastsskd_kernels as kernels
 from fastsskd.audio_file import BadClip, probe
 from fastsskd.errors import InputError
 from fastsskd.loader import Loader, default_workers

@@ -45,11 +45,14 @@ class RunConfig:
 class DataConfig:
     manifest: str = _option("", "manifest written by `fastsskd index`, or a folder or file that it can index")
     eval_manifest: str = _option("", "a second manifest to evaluate on; empty = split `manifest`")
+    ssl_manifest: str = _option("", "clips for the Multi-SSL stages, labels or not; empty = the training clips")
     train_folds: tuple[int, ...] = _option([], "folds to train on; empty = all but eval_folds")
     eval_folds: tuple[int, ...] = _option(
         [], "folds to evaluate on; empty = the manifest's own split, or its last fold"
     )
     eval_share: float = _option(0.2, "share of each class held out when there are no folds", low=0.01, high=0.9)
+    max_train: int = _option(0, "labelled stages use a random draw of this many training clips; 0 = all", low=0)
+    max_eval: int = _option(0, "evaluate on a random draw of this many clips; 0 = all", low=0)
     seconds: float = _option(10.0, "length of a crop; shorter clips are looped", low=0.16, high=60.0)
     mean: float = _option(AUDIOSET_MEAN, "mean of the log-mel features; `fastsskd stats` computes a set's own")
     std: float = _option(AUDIOSET_STD, "standard deviation; features become (x - mean) / (2 * std)", low=1e-6)

@@ -1,6 +1,8 @@
-"""The training and evaluation sets a configuration names, checked before anything is trained."""
+"""The sets of clips a configuration names, checked before anything is trained."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,49 +12,77 @@ from fastsskd.loader import open_manifest
 from fastsskd.manifest import Manifest, split
 
 
-def open_data(config: Config, total_batch: int, *, needs_labels: bool) -> tuple[Manifest, Manifest]:
-    """The training and evaluation sets.
+@dataclass(frozen=True)
+class DataSets:
+    """Clips for Multi-SSL, for the labelled stages, and for evaluation."""
+
+    ssl: Manifest
+    train: Manifest
+    evaluation: Manifest
+
+
+def open_data(config: Config, total_batch: int) -> DataSets:
+    """Open, split and draw the sets.
+
+    Args:
+        total_batch: clips of one optimizer step, which every training set must have.
 
     Raises:
-        InputError: no data, one class only, no labels where a stage needs them, classes that differ between the two,
-            or fewer training clips than one batch.
+        InputError: no data, one class only, no labels where a stage needs them, classes that differ between training
+            and evaluation, or fewer training clips than one batch.
     """
-    data = config.data
+    data, labelled = config.data, "distill" in config.recipe.stages
     if not data.manifest:
-        raise InputError(
-            "data.manifest is not set; make one with `fastsskd index SRC --out M` and --set data.manifest=M"
-        )
+        raise InputError("data.manifest is not set; see `fastsskd index --help`, then --set data.manifest=M")
+    train, evaluation = _train_and_evaluation(config)
+    ssl = open_manifest(data.ssl_manifest) if data.ssl_manifest else train
+    train = _draw(train, data.max_train, config.run.seed)
+    evaluation = _draw(evaluation, data.max_eval, config.run.seed)
+    if labelled:
+        _check_labels(train, data.manifest)
+    for name, clips, used in (
+        (data.ssl_manifest or data.manifest, ssl, "ssl" in config.recipe.stages),
+        (data.manifest, train, labelled),
+    ):
+        if used and len(clips) < total_batch:
+            raise InputError(
+                f"{name}: {len(clips)} training clips are fewer than one batch of {total_batch}; "
+                "lower train_batch_size in the ds_config"
+            )
+    return DataSets(ssl, train, evaluation)
+
+
+def _train_and_evaluation(config: Config) -> tuple[Manifest, Manifest]:
+    data = config.data
     whole = open_manifest(data.manifest)
-    if data.eval_manifest:
-        train_set, eval_set = whole, open_manifest(data.eval_manifest)
-        if tuple(train_set.classes) != tuple(eval_set.classes):
-            raise InputError(f"{data.eval_manifest}: has other classes than {data.manifest}; index both the same way")
-    else:
-        train_set, eval_set = split(
+    if not data.eval_manifest:
+        return split(
             whole,
             train_folds=data.train_folds,
             eval_folds=data.eval_folds,
             eval_share=data.eval_share,
             seed=config.run.seed,
         )
-    if needs_labels:
-        _check_labels(train_set, data.manifest)
-    if len(train_set) < total_batch:
-        raise InputError(
-            f"{data.manifest}: {len(train_set)} training clips are fewer than one batch of {total_batch}; "
-            "lower train_batch_size in the ds_config"
-        )
-    return train_set, eval_set
+    evaluation = open_manifest(data.eval_manifest)
+    if tuple(whole.classes) != tuple(evaluation.classes):
+        raise InputError(f"{data.eval_manifest}: has other classes than {data.manifest}; index both the same way")
+    return whole, evaluation
 
 
-def _check_labels(train_set: Manifest, name: str) -> None:
-    if not train_set.classes:
+def _draw(clips: Manifest, most: int, seed: int) -> Manifest:
+    """A random ``most`` of the clips, in the manifest's order; all for 0."""
+    if not most or most >= len(clips):
+        return clips
+    return clips.select(np.sort(np.random.default_rng((seed, len(clips))).permutation(len(clips))[:most]))
+
+
+def _check_labels(train: Manifest, name: str) -> None:
+    if not train.classes:
         raise InputError(f"{name}: has no labels, which the distill stage needs; set recipe.stages = ['ssl']")
-    if not train_set.multi_label:
-        labels = train_set.label_array()
-        if (labels < 0).any():
-            raise InputError(
-                f"{name}: {int((labels < 0).sum())} training clips have no label; index labelled clips only"
-            )
-        if len(np.unique(labels)) < 2:
-            raise InputError(f"{name}: all training clips are of one class; there is nothing to tell apart")
+    if train.multi_label:
+        return
+    labels = train.label_array()
+    if (labels < 0).any():
+        raise InputError(f"{name}: {int((labels < 0).sum())} training clips have no label; leave them out")
+    if len(np.unique(labels)) < 2:
+        raise InputError(f"{name}: all training clips are of one class; there is nothing to tell apart")

@@ -44,8 +44,8 @@ def audio_pipeline(source: Callable[[], tuple], num_samples: int, device: str):
     """The pipeline: ``source()`` gives lists of (bytes, crop, segment); three outputs a clip.
 
     Returns:
-        waveform ``(num_samples,)`` float32 on ``device``; samples of the whole file at 16 kHz, int32; the sum of the
-        waveform, which is not finite if any sample is not.
+        waveform ``(num_samples,)`` float32 on ``device``; samples of the whole file at 16 kHz, int32; the mean square
+        of the whole file, which is not finite if any sample is not.
     """
     encoded, crop, segment = fn.external_source(
         source=source, num_outputs=3, batch=True, dtype=[types.UINT8, types.FLOAT, types.FLOAT], ndim=[1, 0, 1]
@@ -54,15 +54,15 @@ def audio_pipeline(source: Callable[[], tuple], num_samples: int, device: str):
         encoded, downmix=True, dtype=types.FLOAT, sample_rate=SAMPLE_RATE, quality=RESAMPLE_QUALITY
     )
     decoded_length = waveform.shape(dtype=types.INT32)[0]
+    power = fn.reductions.mean_square(waveform)
     if segment[1] > 0:
         start = fn.cast(segment[:1] * SAMPLE_RATE, dtype=types.INT32)
         stop = fn.cast(segment[1:] * SAMPLE_RATE, dtype=types.INT32)
         waveform = fn.slice(waveform, start=start, end=stop, axes=[0], out_of_bounds_policy="trim_to_shape")
     waveform = _crop_or_loop(waveform, crop, num_samples)
-    total = fn.reductions.sum(waveform)
     if device == "gpu":
         waveform = waveform.gpu()
-    return waveform, decoded_length, total
+    return waveform, decoded_length, power
 
 
 def _crop_or_loop(waveform, crop, num_samples: int):
@@ -129,7 +129,7 @@ class Decoder:
         """The next batch.
 
         Returns:
-            Waveforms ``(B, num_samples)`` float32 on the device, decoded lengths ``(B,)`` and sums ``(B,)``.
+            Waveforms ``(B, num_samples)`` float32 on the device, decoded lengths ``(B,)`` and mean squares ``(B,)``.
 
         Raises:
             DecodeError: a clip of this batch cannot be decoded; the next call gives the next batch.
@@ -146,11 +146,11 @@ class Decoder:
 
     def _outputs(self, pipeline: Pipeline) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
         try:
-            waveform, length, total = pipeline.run()
+            waveform, length, power = pipeline.run()
         except RuntimeError as error:
             raise DecodeError(_reason(str(error))) from None
         tensor = _to_torch(waveform.as_tensor(), self.device)
-        return tensor, np.array(length.as_array()), np.array(total.as_array())
+        return tensor, np.array(length.as_array()), np.array(power.as_array())
 
 
 def _columns(clips: Sequence[EncodedClip]) -> tuple[list, list, list]:

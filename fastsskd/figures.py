@@ -47,7 +47,8 @@ def loss_curves(lines: list[dict[str, Any]], path: Path) -> None:
 
 @torch.no_grad()
 def views_figure(model: ACM, batch: Batch, mask: MaskConfig, path: Path) -> None:
-    """One clip: spectrogram, HOG weights, the intra and inter views, and both reconstructions."""
+    """The liveliest clip of a batch: spectrogram, HOG weights, intra and inter views, and both reconstructions."""
+    row = int(batch.hog.std(dim=1).argmax())
     views = make_views(batch, mask)
     grid = model.grid_size
     intra = model.decode(model.features(views.intra))
@@ -63,15 +64,15 @@ def views_figure(model: ACM, batch: Batch, mask: MaskConfig, path: Path) -> None
         ("reconstructed from the inter view", inter),
     ]
     figure, axes = plt.subplots(3, 2, figsize=(13, 8), layout="constrained")
-    spectrogram = views.raw[0].numpy()
+    spectrogram = views.raw[row].numpy()
     low, high = np.percentile(spectrogram, [1, 99.5])
     for axis, (title, patches) in zip(axes.flat, pictures, strict=True):
-        picture = unpatchify(patches[:1].float(), grid)[0].T.numpy()
+        picture = unpatchify(patches[row : row + 1].float(), grid)[0].T.numpy()
         limits = (0.0, 1.0) if "weight" in title else (low, high)
         image = axis.imshow(picture, origin="lower", aspect="auto", vmin=limits[0], vmax=limits[1], cmap="magma")
         axis.set(title=title, xlabel="frame (10 ms)", ylabel="mel bin")
         figure.colorbar(image, ax=axis, pad=0.01)
-    figure.suptitle(f"Views of {batch.key[0]}")
+    figure.suptitle(f"Views of {batch.key[row]}")
     _save(figure, path)
 
 

@@ -55,7 +55,7 @@ def patchify(spectrogram: Tensor) -> Tensor:
     """``(B, T, F)`` -> ``(B, N, 256)``, time-major; inside a patch, frames then mel bins."""
     b, t, f = spectrogram.shape
     x = spectrogram.reshape(b, t // PATCH, PATCH, f // PATCH, PATCH)
-    return x.transpose(2, 3).reshape(b, -1, PATCH * PATCH)
+    return x.transpose(2, 3).reshape(b, (t // PATCH) * (f // PATCH), PATCH * PATCH)
 
 
 def unpatchify(patches: Tensor, grid_size: tuple[int, int]) -> Tensor:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import fastsskd_kernels as kernels
@@ -18,6 +19,7 @@ from fastsskd.engine import Log, StagePlan, StopFlag, train_stage
 from fastsskd.errors import InputError
 from fastsskd.evaluate import evaluation_loader, score, summarise
 from fastsskd.loader import Loader
+from fastsskd.manifest import Manifest
 from fastsskd.model import ACM, build_model
 from fastsskd.pretrain import Pretrain
 from fastsskd.run_folder import RunFolder
@@ -43,18 +45,15 @@ class Recipe:
         self.sizes = ds_config.batch_sizes(deepspeed_config, distributed.world_size())
         self.deepspeed_config = deepspeed_config
         self.stages = plan_stages(config)
-        self.train_set, self.eval_set = open_data(config, self.sizes.total, needs_labels=self._needs_labels())
+        self.data = open_data(config, self.sizes.total)
         self.stop = StopFlag()
         self.skipped: dict[str, str] = {}
-
-    def _needs_labels(self) -> bool:
-        return any(stage.kind != "ssl" for stage in self.stages)
 
     def run(self) -> dict[str, Any]:
         """Train every stage that is not done yet, evaluate, and write ``result.json``; returns its contents."""
         resolved = ds_config.resolve(self.deepspeed_config, distributed.world_size(), self.folder.tensorboard)
         steps = {stage.name: self._plan(stage).total_steps for stage in self.stages}
-        self.folder.begin(steps, resolved, len(self.train_set), len(self.eval_set))
+        self.folder.begin(steps, resolved, len(self.data.train), len(self.data.evaluation))
         for stage in self.stages:
             if self.folder.is_done(stage.name):
                 self.folder.say(f"{stage.name}: done before, not trained again")
@@ -79,8 +78,8 @@ class Recipe:
             "teacher": done.get("teacher"),
             "ensemble": ensemble,
             "metrics": iterations[-1]["metrics"],
-            "num_train": len(self.train_set),
-            "num_eval": len(self.eval_set),
+            "num_train": len(self.data.train),
+            "num_eval": len(self.data.evaluation),
             "skipped": self.skipped,
         }
         return self.folder.finish(result)
@@ -91,17 +90,17 @@ class Recipe:
         for stage in stages:
             model, info = weights.load_model(self.folder.model(stage.name), self.device)
             loader = evaluation_loader(
-                self.eval_set, info, self.sizes.micro, device=self.device, workers=self.config.data.workers
+                self.data.evaluation, info, self.sizes.micro, device=self.device, workers=self.config.data.workers
             )
             scores = score(model, loader, info.multi_label)
             loader.close()
             self.skipped.update(scores.skipped)
             probs = scores.probs if probs is None else probs + scores.probs
-        return summarise(probs / len(stages), scores, self.eval_set)
+        return summarise(probs / len(stages), scores, self.data.evaluation)
 
     def _plan(self, stage: Stage) -> StagePlan:
         settings, optim = self._settings(stage), self.config.optim
-        per_epoch = len(self.train_set) // self.sizes.total
+        per_epoch = len(self._clips(stage)) // self.sizes.total
         decay = self.config.recipe.lr_decay ** max(stage.iteration - 1, 0)
         return StagePlan(
             name=stage.name,
@@ -114,6 +113,9 @@ class Recipe:
             seed=self._seed(stage),
             log_every=self.config.run.log_every,
         )
+
+    def _clips(self, stage: Stage) -> Manifest:
+        return self.data.ssl if stage.kind == "ssl" else self.data.train
 
     def _settings(self, stage: Stage) -> StageConfig:
         return self.config.ssl if stage.kind == "ssl" else self.config.distill
@@ -154,13 +156,15 @@ class Recipe:
         state = full_state(engine, untrained)
         if distributed.rank() == 0:
             weights.save_model(self.folder.model(stage.name), state, self._info())
+            if stage.kind == "ssl":
+                self._draw_views(stage)
         engine.destroy()
         distributed.barrier()
 
     def _start_model(self, stage: Stage) -> ACM:
         """The model a stage begins with: the last stage's, or a fresh one, or ``model.init``'s."""
         options = self.config.model
-        classes = 0 if not self.train_set.classes else len(self.train_set.classes)
+        classes = 0 if not self.data.train.classes else len(self.data.train.classes)
         model = build_model(
             options.size,
             classes,
@@ -183,10 +187,10 @@ class Recipe:
         names = {other.name for other in self.stages}
         path = self.folder.model(stage.teacher) if stage.teacher in names else Path(stage.teacher)
         teacher = load_teacher(path).to(self.device)
-        if tuple(teacher.classes) != tuple(self.train_set.classes):
+        if tuple(teacher.classes) != tuple(self.data.train.classes):
             self.folder.say(
                 f"{stage.name}: the teacher knows other classes ({len(teacher.classes)}) than the data set "
-                f"({len(self.train_set.classes)}), so it gives features only"
+                f"({len(self.data.train.classes)}), so it gives features only"
             )
         return teacher
 
@@ -199,8 +203,8 @@ class Recipe:
             distill = dataclasses.replace(distill, labels=True)
         return Distill(
             model,
-            classes=self.train_set.classes,
-            multi_label=self.train_set.multi_label,
+            classes=self.data.train.classes,
+            multi_label=self.data.train.multi_label,
             distill=distill,
             augmentation=config.augment,
             data=config.data,
@@ -209,13 +213,12 @@ class Recipe:
         )
 
     def _loader(self, stage: Stage, waveform: bool) -> Loader:
-        data = self.config.data
+        data, clips = self.config.data, self._clips(stage)
         balanced = None
-        if data.balanced:
-            labels = [self.train_set.labels(i) for i in range(len(self.train_set))]
-            balanced = balanced_weights(labels, len(self.train_set.classes))
+        if data.balanced and clips.classes:
+            balanced = balanced_weights([clips.labels(i) for i in range(len(clips))], len(clips.classes))
         return Loader(
-            self.train_set,
+            clips,
             batch_size=self.sizes.micro,
             seconds=data.seconds,
             train=True,
@@ -233,12 +236,24 @@ class Recipe:
             max_bad_share=data.max_bad_share,
         )
 
+    def _draw_views(self, stage: Stage) -> None:
+        """A picture of what the stage's model makes of a few clips it was not trained on."""
+        from fastsskd.figures import views_figure
+
+        model, info = weights.load_model(self.folder.model(stage.name))
+        clips = self.data.evaluation.select(np.arange(min(8, len(self.data.evaluation))))
+        loader = Loader(clips, batch_size=8, seconds=info.seconds, mean=info.mean, std=info.std)
+        for batch in loader:
+            if len(batch):
+                views_figure(model, batch, self.config.mask, self.folder.path / "plots" / f"{stage.name}-views.png")
+        loader.close()
+
     def _info(self) -> weights.ModelInfo:
         data = self.config.data
         return weights.ModelInfo(
             self.config.model.size,
-            self.train_set.classes,
-            self.train_set.multi_label,
+            self.data.train.classes,
+            self.data.train.multi_label,
             data.seconds,
             data.mean,
             data.std,

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 import fastsskd_kernels as kernels
-from fastsskd.audio_file import AudioInfo, BadClip, check_decoded_length, probe
+from fastsskd.audio_file import MAX_AMPLITUDE, AudioInfo, BadClip, check_decoded_length, probe
 from fastsskd.batch import Batch
 from fastsskd.decode import SAMPLE_RATE, DecodeError, Decoder, EncodedClip
 from fastsskd.manifest import Manifest
+from fastsskd.model import NUM_MEL_BINS, patchify
 from fastsskd.sampler import Sampler
 
 _CROP_STREAM = 100  # random streams from 100 on are ours; below, the masks' (kernels/random.py)
@@ -205,14 +206,14 @@ class Stream:
             np.concatenate([p[2] for p in parts]),
         )
 
-    def _finish(self, planned: _Planned, waveform: Tensor, lengths: np.ndarray, totals: np.ndarray) -> None:
+    def _finish(self, planned: _Planned, waveform: Tensor, lengths: np.ndarray, powers: np.ndarray) -> None:
         """Check what DALI does not report, compute the features, put the batch in the queue."""
         good = []
-        for place, (info, length, total) in enumerate(zip(planned.infos, lengths, totals, strict=True)):
+        for place, (info, length, power) in enumerate(zip(planned.infos, lengths, powers, strict=True)):
             try:
                 check_decoded_length(int(length), info, SAMPLE_RATE)
-                if not np.isfinite(total):
-                    raise BadClip("holds NaN or infinite samples")
+                if not power <= MAX_AMPLITUDE**2:  # also when it is NaN
+                    raise BadClip("holds NaN, infinite or absurdly large samples")
                 good.append(place)
             except BadClip as bad:
                 planned.skipped[self._s.manifest.key(planned.index[place])] = str(bad)
@@ -245,6 +246,9 @@ class Stream:
     def _features(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
         """fbank and HOG; on a CPU the rows are shared out over the pool, whose kernels release the GIL."""
         settings = {"num_frames": self._s.num_frames, "mean": self._s.mean, "std": self._s.std}
+        if not len(waveform):
+            empty = waveform.new_empty(0, self._s.num_frames, NUM_MEL_BINS)
+            return empty, patchify(empty)[:, :, 0]
         if waveform.is_cuda or len(waveform) < 2 or self._s.workers == 1:
             return kernels.features(waveform, **settings)
         rows = waveform.chunk(self._s.workers)

@@ -52,8 +52,10 @@ def fbank(
 
 def check_waveform(waveform: torch.Tensor, sample_rate: int, num_mel_bins: int, window: str) -> None:
     """Raise a ValueError of one line for anything that ``fbank`` does not take."""
-    if waveform.ndim != 2 or waveform.dtype not in (torch.float32, torch.int16):
-        raise ValueError(f"waveform: expected float32 or int16 (B, S), got {waveform.dtype} {tuple(waveform.shape)}")
+    if waveform.ndim != 2 or waveform.shape[0] < 1 or waveform.dtype not in (torch.float32, torch.int16):
+        raise ValueError(
+            f"waveform: expected float32 or int16 (B >= 1, S), got {waveform.dtype} {tuple(waveform.shape)}"
+        )
     if window not in WINDOWS:
         raise ValueError(f"window={window!r}: expected one of {', '.join(WINDOWS)}")
     if sample_rate < 1000 or num_mel_bins < 1:

@@ -1,0 +1,124 @@
+"""Augmentation: each kind alone does what it says, and a clip's draws come from its own seed."""
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+import fastsskd_kernels as kernels
+from fastsskd.augment import augment, mix_fbank, mixup_partner
+from fastsskd.config import AugmentConfig
+
+ALL = AugmentConfig(mixup=0.5, time_roll=True, noise=0.3, time_mask=20, freq_mask=24)
+FRAMES = 94
+MEAN, STD = -4.2677393, 4.5689974
+
+
+def seeds(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(kernels.derive_seeds(seed, 0, np.arange(count)))
+
+
+def test_nothing_switched_on_changes_nothing(make_batch):
+    batch = make_batch()
+    assert torch.equal(augment(batch.fbank, batch.seed, AugmentConfig(), FRAMES), batch.fbank)
+
+
+def test_a_clip_s_augmentation_comes_from_its_own_seed(make_batch):
+    batch, order = make_batch(), [3, 0, 4, 1, 2]
+    before = batch.fbank.clone()
+    torch.manual_seed(0)
+    whole = augment(batch.fbank, batch.seed, ALL, FRAMES)
+    permuted = make_batch(order)
+    torch.manual_seed(1)
+    assert torch.equal(whole[order], augment(permuted.fbank, permuted.seed, ALL, FRAMES))
+    assert torch.equal(batch.fbank, before)  # the batch itself is left as it was
+    other = make_batch(epoch=1)
+    again = augment(other.fbank, other.seed, ALL, FRAMES)
+    assert all(not torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+
+
+def test_roll_rotates_the_frames_and_keeps_the_padding_at_the_end(make_batch):
+    batch = make_batch(range(8))
+    rolled = augment(batch.fbank, batch.seed, AugmentConfig(time_roll=True), FRAMES)
+    assert torch.equal(rolled[:, FRAMES:], batch.fbank[:, FRAMES:])
+    shifts = set()
+    for before, after in zip(batch.fbank[:, :FRAMES], rolled[:, :FRAMES], strict=True):
+        fitting = [shift for shift in range(FRAMES) if torch.equal(before.roll(shift, 0), after)]
+        assert len(fitting) == 1
+        shifts.add(fitting[0])
+    assert len(shifts) > 5
+
+
+def test_every_shift_is_equally_likely():
+    fbank = torch.arange(10.0)[None, :, None].expand(2000, -1, 1).contiguous()
+    rolled = augment(fbank, seeds(2000), AugmentConfig(time_roll=True), 10)
+    counts = np.bincount(rolled[:, 0, 0].long().numpy(), minlength=10)
+    assert scipy.stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_noise_is_normal_of_a_level_up_to_the_given_one():
+    silence = torch.zeros(400, 32, 33)  # an odd number of pixels
+    noise = augment(silence, seeds(400), AugmentConfig(noise=0.3), 32)
+    levels = noise.flatten(1).std(dim=1)
+    assert scipy.stats.kstest(levels.numpy() / 0.3, "uniform").pvalue > 1e-3
+    normal = (noise / levels[:, None, None]).flatten().numpy()[::7]
+    assert scipy.stats.kstest(normal, "norm").pvalue > 1e-3
+    assert abs(np.corrcoef(noise[:, :-1].flatten(), noise[:, 1:].flatten())[0, 1]) < 0.01
+
+
+@pytest.mark.parametrize(("field", "axis", "size"), [("time_mask", 1, 40), ("freq_mask", 2, 32)])
+def test_a_band_is_one_run_of_whole_frames_or_bins(field, axis, size):
+    widest, count = 9, 3000
+    masked = augment(torch.ones(count, 40, 32), seeds(count), AugmentConfig(**{field: widest}), 40) == 0
+    other = 3 - axis
+    assert torch.equal(masked.any(other), masked.all(other))  # whole frames, or whole bins
+    line = masked.any(other).int()
+    starts = torch.diff(line, dim=1, prepend=torch.zeros(count, 1, dtype=torch.int32)) == 1
+    assert (starts.sum(1) <= 1).all()
+    widths = np.bincount(line.sum(1).numpy(), minlength=widest + 1)
+    assert len(widths) == widest + 1 and scipy.stats.chisquare(widths).pvalue > 1e-3
+    assert line[:, 0].any() and line[:, size - 1].any()
+
+
+def test_a_band_wider_than_the_spectrogram_still_fits():
+    masked = augment(torch.ones(200, 4, 8), seeds(200), AugmentConfig(time_mask=100), 4) == 0
+    assert set(masked.any(2).sum(1).tolist()) == {0, 1, 2, 3, 4}
+
+
+# -------------------------------------------------------------------------------------------------------------- mixup
+
+
+@pytest.mark.parametrize("alpha", [1, 2, 10])
+def test_the_mixing_ratio_is_beta_distributed(alpha):
+    _, ratio = mixup_partner(seeds(4000), AugmentConfig(mixup=1.0, mixup_alpha=alpha))
+    assert scipy.stats.kstest(ratio.numpy(), scipy.stats.beta(alpha, alpha).cdf).pvalue > 1e-3
+
+
+def test_the_share_of_clips_that_are_mixed():
+    _, ratio = mixup_partner(seeds(4000), AugmentConfig(mixup=0.3))
+    assert (ratio < 1).float().mean().item() == pytest.approx(0.3, abs=0.03)
+    assert (mixup_partner(seeds(50), AugmentConfig(mixup=0.0))[1] == 1).all()
+
+
+def test_a_partner_is_another_clip_and_each_is_taken_once():
+    for count in (2, 3, 7):
+        partner, _ = mixup_partner(seeds(count), AugmentConfig(mixup=1.0))
+        assert sorted(partner.tolist()) == list(range(count))
+        assert all(own != other for own, other in enumerate(partner.tolist()))
+
+
+def test_mixing_adds_powers(make_batch):
+    fbank, partner, ratio = make_batch([0, 1, 2]).fbank, torch.tensor([2, 0, 1]), torch.tensor([0.25, 1.0, 0.5])
+    mixed = mix_fbank(fbank, partner, ratio, MEAN, STD)
+    for b, other, share in ((0, 2, 0.25), (1, 0, 1.0), (2, 1, 0.5)):
+        power = [np.exp(fbank[clip].double().numpy() * 2 * STD + MEAN) for clip in (b, other)]
+        expected = (np.log(share * power[0] + (1 - share) * power[1]) - MEAN) / (2 * STD)
+        np.testing.assert_allclose(mixed[b].numpy(), expected, atol=2e-6)
+    torch.testing.assert_close(mixed[1], fbank[1], rtol=1e-5, atol=1e-6)
+
+
+def test_augmentation_never_makes_the_host_wait(make_batch, no_waiting):
+    batch = make_batch()
+    with no_waiting():
+        partner, ratio = mixup_partner(batch.seed, ALL)
+        augment(mix_fbank(batch.fbank, partner, ratio, MEAN, STD), batch.seed, ALL, FRAMES)
