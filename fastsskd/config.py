@@ -79,9 +79,7 @@ class MaskConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    size: str = _option(
-        "base", "base (92 M), small, tiny, micro or nano", choices=("base", "small", "tiny", "micro", "nano")
-    )
+    size: str = _option("base", "preset; base has 92 M parameters", choices=SIZES)
     init: str = _option("", "checkpoint to start iteration 1 from: a file or folder of ours; empty = random")
     drop_path: float = _option(
         0.0, "stochastic depth rate of the last block while training with labels", low=0.0, high=0.9

@@ -48,8 +48,8 @@ def classification_metrics(probs: np.ndarray, labels: np.ndarray, classes: tuple
 
 
 def d_prime(auc: float | None) -> float | None:
-    """AudioSet's d': the separation of two unit normals with this area under the ROC. None for no or a perfect AUC."""
-    return None if auc is None or auc >= 1.0 else float(math.sqrt(2.0) * norm.ppf(auc))
+    """AudioSet's d': the separation of two unit normals with this area under the ROC. None where it is not finite."""
+    return None if auc is None or not 0.0 < auc < 1.0 else float(math.sqrt(2.0) * norm.ppf(auc))
 
 
 def _one_class(truth: np.ndarray, score: np.ndarray) -> dict[str, float | int | None]:

@@ -95,7 +95,7 @@ def make_clip(class_name: str, number: int, seed: int) -> tuple[np.ndarray, int]
     event = CLASSES[class_name](rng, num_samples, rate)
     if rng.random() < 0.5:
         event = _in_a_room(rng, event, rate)
-    noisy = event + _background(rng, num_samples, rate) * _loudness(event, rate) * 10 ** (-rng.uniform(3, 35) / 20)
+    noisy = event + _background(rng, num_samples, rate) * _loudness(event, rate) * 10 ** (-rng.uniform(6, 40) / 20)
     clip = _stereo(rng, noisy, rate) if rng.random() < 0.4 else noisy[:, None]
     peak = 10 ** (rng.uniform(-30, -3) / 20)
     return (clip * (peak / max(np.abs(clip).max(), 1e-9))).astype(np.float32), rate

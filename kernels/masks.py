@@ -128,7 +128,7 @@ def intra_patch_mask(
         raise ValueError(f"max_share={max_share}, max_width={max_width}: expected [0, 1] and (0, 1]")
     if min(p_time, p_freq, p_both) < 0.0 or abs(p_time + p_freq + p_both - 1.0) > 1e-6:
         raise ValueError(f"p_time + p_freq + p_both: expected 1 without negatives, got {p_time}, {p_freq}, {p_both}")
-    seeds = clip_seeds(generator, batch, torch.device(device) if device is not None else generator.device)
+    seeds = clip_seeds(generator, batch, device)
     patches, widest = grid_size[0] * grid_size[1], max(1, int(max_width * patch))
     touched = _touched_patches(seeds, patches, max_share)
     words = random_bits(seeds, 2 * patches, stream=STREAM_INTRA_BANDS)

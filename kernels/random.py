@@ -86,13 +86,15 @@ def derive_seeds(seed: int, epoch: int, index: np.ndarray) -> np.ndarray:
     return _mix_numpy(np.asarray(index).astype(np.int64).view(np.uint64) + offset).view(np.int64)
 
 
-def clip_seeds(generator: torch.Generator | torch.Tensor, batch: int, device: torch.device) -> torch.Tensor:
+def clip_seeds(
+    generator: torch.Generator | torch.Tensor, batch: int, device: torch.device | str | None = None
+) -> torch.Tensor:
     """Turn what a caller passes as ``generator`` into one seed per clip.
 
     Args:
         generator: a ``torch.Generator``, which is advanced by ``batch`` draws, or the int64 (B,) seeds themselves.
         batch: B.
-        device: where the noise is wanted; the seeds are moved there.
+        device: where the noise is wanted; the seeds are moved there. By default they stay where they are.
 
     Returns:
         (B,) int64.
@@ -110,7 +112,7 @@ def clip_seeds(generator: torch.Generator | torch.Tensor, batch: int, device: to
         seeds = generator
     else:
         raise ValueError(f"generator: expected a torch.Generator or int64 seeds, got {type(generator).__name__}")
-    return seeds.to(device, non_blocking=True)
+    return seeds if device is None else seeds.to(device, non_blocking=True)
 
 
 def random_bits(seeds: torch.Tensor, n: int, *, stream: int) -> torch.Tensor:

@@ -2,17 +2,14 @@
 
 import glob
 import mmap
-import sys
 from pathlib import Path
 
+import damaged_audio
 import numpy as np
 import pytest
 import soundfile
 
 from fastsskd.audio_file import AudioInfo, BadClip, check_decoded, check_decoded_length, probe
-
-sys.path.insert(0, str(Path(__file__).parent))  # helpers beside the tests, whatever pytest's import mode
-import damaged_audio
 
 ESC10 = Path(__file__).parents[2] / "shared/data/esc10"
 GOOD, BAD = damaged_audio.good_clips(), damaged_audio.bad_clips()

@@ -100,11 +100,21 @@ def test_the_share_of_clips_that_are_mixed():
     assert (mixup_partner(seeds(50), AugmentConfig(mixup=0.0))[1] == 1).all()
 
 
-def test_a_partner_is_another_clip_and_each_is_taken_once():
-    for count in (2, 3, 7):
+def test_neighbours_are_partners_and_an_odd_one_stays_alone():
+    for count in (1, 2, 5, 8):
         partner, _ = mixup_partner(seeds(count), AugmentConfig(mixup=1.0))
-        assert sorted(partner.tolist()) == list(range(count))
-        assert all(own != other for own, other in enumerate(partner.tolist()))
+        expected = [n + 1 if n % 2 == 0 else n - 1 for n in range(count)]
+        assert partner.tolist() == [min(other, count - 1) for other in expected]
+
+
+def test_partners_and_ratios_do_not_depend_on_the_number_of_ranks():
+    config, whole = AugmentConfig(mixup=0.6), seeds(8)
+    partner, ratio = mixup_partner(whole, config)
+    for share in (2, 4):
+        for first in range(0, 8, share):
+            own_partner, own_ratio = mixup_partner(whole[first : first + share], config)
+            assert torch.equal(own_partner + first, partner[first : first + share])
+            assert torch.equal(own_ratio, ratio[first : first + share])
 
 
 def test_mixing_adds_powers(make_batch):

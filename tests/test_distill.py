@@ -53,9 +53,8 @@ def naive_ce(logits, target, multi_label: bool) -> float:
     for row, goal in zip(logits.tolist(), target.tolist(), strict=True):
         if multi_label:
             probs = [1 / (1 + math.exp(-z)) for z in row]
-            total -= sum(t * math.log(p) + (1 - t) * math.log(1 - p) for p, t in zip(probs, goal, strict=True)) / len(
-                row
-            )
+            logs = [t * math.log(p) + (1 - t) * math.log(1 - p) for p, t in zip(probs, goal, strict=True)]
+            total -= sum(logs) / len(row)
         else:
             denominator = sum(math.exp(z) for z in row)
             total -= sum(t * math.log(math.exp(z) / denominator) for z, t in zip(row, goal, strict=True))
@@ -173,7 +172,7 @@ def test_no_loss_left_is_refused_at_once(make_model, teacher, options):
 
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_mixup_mixes_clips_labels_and_the_teacher_s_answers_alike(make_model, make_batch, multi_label):
-    config = AugmentConfig(mixup=0.7, mixup_alpha=2)
+    config = AugmentConfig(mixup=0.55, mixup_alpha=2)
     batch, model, teacher = make_batch(multi_label=multi_label, waveform=True), used_model(make_model), FixedTeacher()
     _, metrics = make_distill(model, teacher=teacher, multi_label=multi_label, augmentation=config)(batch)
     assert torch.equal(teacher.heard[0], batch.waveform)  # the teacher hears the clips as they are
@@ -234,7 +233,7 @@ def test_the_teacher_is_frozen_and_no_part_of_the_module(make_model, make_batch)
     module.train()
     module(make_batch(waveform=True))[0].backward()
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
-    assert not any(part.training for part in teacher.modules())
+    assert not any(part.training for part in teacher.model.modules())
     assert {id(p) for p in module.parameters()}.isdisjoint(id(p) for p in teacher.parameters())
     assert set(module.state_dict()) == {f"model.{name}" for name in module.model.state_dict()}
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())

@@ -1,5 +1,6 @@
 """Learning rates step by step, and which parameter is in which group."""
 
+import itertools
 import math
 
 import pytest
@@ -40,10 +41,8 @@ def test_no_warm_up_starts_at_the_peak():
 def test_rates_rise_then_fall_between_zero_and_the_peak(total, warmup, peak, schedule):
     rates = [learning_rate(step, total, warmup, peak, schedule) for step in range(total)]
     assert all(0 <= rate <= peak * (1 + 1e-12) for rate in rates)
-    top = min(warmup, total)
-    assert all(a < b for a, b in zip(rates[:top], rates[1:top], strict=False))
-    after = rates[max(warmup - 1, 0) :]
-    assert all(a >= b for a, b in zip(after, after[1:], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(rates[: min(warmup, total)]))
+    assert all(a >= b for a, b in itertools.pairwise(rates[max(warmup - 1, 0) :]))
 
 
 # ------------------------------------------------------------------------------------------------------------- groups
