@@ -1,6 +1,7 @@
 """What people use today for the same features, one function per peer: (clip) -> features, built once, called often."""
 
 import numpy as np
+import nvidia.dali
 import torch
 import torchaudio
 from nvidia.dali import fn, pipeline_def, types
@@ -11,6 +12,10 @@ from fastsskd_kernels import fbank_cpu, kaldi
 from fastsskd_kernels.features import features_batch
 
 DALI_BATCH = 16
+
+
+def dali_version() -> str:
+    return nvidia.dali.__version__
 
 
 def torchaudio_fbank(clip: torch.Tensor) -> torch.Tensor:

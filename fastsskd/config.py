@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -35,7 +36,7 @@ def _option(default: Any, doc: str, **limits: Any) -> Any:
 @dataclass(frozen=True)
 class RunConfig:
     out: str = _option("runs/default", "folder of the run; must be new unless --resume")
-    seed: int = _option(0, "seed of the order, crops, masks, initialisation and augmentation", low=0)
+    seed: int = _option(0, "seed of the order, crops, masks, initialisation and augmentation", low=0, high=2**63 - 1)
     log_every: int = _option(10, "optimizer steps between two lines in metrics.jsonl", low=1)
     checkpoint_every: int = _option(0, "optimizer steps between two checkpoints; 0 = only at the end of a stage", low=0)
     keep_checkpoints: int = _option(2, "checkpoints kept for --resume", low=2)
@@ -186,8 +187,8 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     path = Path(path)
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise InputError(f"config {path}: no such file; presets are in launch/configs/") from error
+    except OSError as error:
+        raise InputError(f"config {path}: {error.strerror}; presets are in launch/configs/") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"config {path}: not valid TOML: {error}") from error
     for text in overrides:
@@ -244,8 +245,9 @@ def _checked(where: str, value: Any, hint: Any, limits: Any) -> Any:
         raise UsageError(f"{where}: {value!r} is not one of {', '.join(limits['choices'])}")
     if hint in (int, float):
         low, high = limits.get("low"), limits.get("high")
-        if value != value or (low is not None and value < low) or (high is not None and value > high):
-            raise UsageError(f"{where}: {value} is out of range [{low}, {'inf' if high is None else high}]")
+        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+            allowed = f"[{'-inf' if low is None else low}, {'inf' if high is None else high}]"
+            raise UsageError(f"{where}: {value} is out of range {allowed}")
     return value
 
 
@@ -306,7 +308,8 @@ def to_toml(config: Config) -> str:
 def _toml_value(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml_value(v) for v in value) + "]"
-    return json.dumps(value)  # TOML's booleans, numbers and basic strings are JSON's
+    # TOML's booleans, numbers and basic strings are JSON's, but for surrogate pairs and a raw DEL.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def describe() -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import numpy as np
 
+from fastsskd import distributed
 from fastsskd.config import Config
 from fastsskd.errors import InputError
 from fastsskd.loader import open_manifest
-from fastsskd.manifest import Manifest, split
+from fastsskd.manifest import Manifest, keep_existing, split
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,12 @@ def open_data(config: Config, total_batch: int) -> DataSets:
     if not data.manifest:
         raise InputError("data.manifest is not set; see `fastsskd index --help`, then --set data.manifest=M")
     train, evaluation = _train_and_evaluation(config)
-    ssl = open_manifest(data.ssl_manifest) if data.ssl_manifest else train
+    ssl = _open(data.ssl_manifest) if data.ssl_manifest else train
     train = _draw(train, data.max_train, config.run.seed)
     evaluation = _draw(evaluation, data.max_eval, config.run.seed)
     if labelled:
         _check_labels(train, data.manifest)
+        refuse_unlabelled(evaluation, data.eval_manifest or data.manifest, "evaluation")
     for name, clips, used in (
         (data.ssl_manifest or data.manifest, ssl, "ssl" in config.recipe.stages),
         (data.manifest, train, labelled),
@@ -54,7 +57,7 @@ def open_data(config: Config, total_batch: int) -> DataSets:
 
 def _train_and_evaluation(config: Config) -> tuple[Manifest, Manifest]:
     data = config.data
-    whole = open_manifest(data.manifest)
+    whole = _open(data.manifest)
     if not data.eval_manifest:
         return split(
             whole,
@@ -63,10 +66,20 @@ def _train_and_evaluation(config: Config) -> tuple[Manifest, Manifest]:
             eval_share=data.eval_share,
             seed=config.run.seed,
         )
-    evaluation = open_manifest(data.eval_manifest)
-    if tuple(whole.classes) != tuple(evaluation.classes):
-        raise InputError(f"{data.eval_manifest}: has other classes than {data.manifest}; index both the same way")
-    return whole, evaluation
+    return whole, _open(data.eval_manifest).with_classes(whole.classes)
+
+
+def _open(source: str) -> Manifest:
+    """A manifest with at least one of its files there.
+
+    Files that are absent stay in it: the loader leaves them out by name, and a file that vanishes or returns between a
+    run and its resume does not change the order of the others.
+    """
+    clips = open_manifest(source)
+    absent = len(clips) - len(keep_existing(clips))
+    if absent and distributed.rank() == 0:
+        print(f"{source}: {absent} of {len(clips)} files are not there and will be left out", file=sys.stderr)
+    return clips
 
 
 def _draw(clips: Manifest, most: int, seed: int) -> Manifest:
@@ -81,8 +94,17 @@ def _check_labels(train: Manifest, name: str) -> None:
         raise InputError(f"{name}: has no labels, which the distill stage needs; set recipe.stages = ['ssl']")
     if train.multi_label:
         return
-    labels = train.label_array()
-    if (labels < 0).any():
-        raise InputError(f"{name}: {int((labels < 0).sum())} training clips have no label; leave them out")
-    if len(np.unique(labels)) < 2:
+    refuse_unlabelled(train, name, "training")
+    if len(np.unique(train.label_array())) < 2:
         raise InputError(f"{name}: all training clips are of one class; there is nothing to tell apart")
+
+
+def refuse_unlabelled(clips: Manifest, name: str, side: str) -> None:
+    """Single-label clips that have none can be neither learned nor rated (in a multi-label set, no label is an answer).
+
+    Raises:
+        InputError: there are some.
+    """
+    missing = 0 if clips.multi_label else int((clips.label_array() < 0).sum())
+    if missing:
+        raise InputError(f"{name}: {missing} {side} clips have no label; leave them out")

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from fastsskd import losses
 from fastsskd.augment import augment, mix_fbank, mixup_partner
+from fastsskd.batch import Batch
 from fastsskd.config import AugmentConfig, DataConfig, DistillConfig
 from fastsskd.errors import UsageError
-from fastsskd.loader import Batch
 from fastsskd.model import ACM
 from fastsskd.teachers import Teacher
 

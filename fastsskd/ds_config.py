@@ -44,6 +44,11 @@ KNOWN_KEYS = frozenset(
         "disable_allgather",
     ]
 )
+#: Keys whose value is an object of settings.
+OBJECTS = (
+    *("fp16", "bf16", "zero_optimization", "data_types", "activation_checkpointing", "checkpoint", "aio"),
+    *("tensorboard", "wandb", "csv_monitor", "comet", "flops_profiler", "comms_logger"),
+)
 #: Keys with another owner: where the same thing is set instead.
 OWNED_BY_TOML = {
     "optimizer": "[optim], ssl.lr and distill.lr",
@@ -73,8 +78,8 @@ def load(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise InputError(f"ds_config {path}: no such file; examples are launch/ds_config*.json") from error
+    except OSError as error:
+        raise InputError(f"ds_config {path}: {error.strerror}; examples are launch/ds_config*.json") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"ds_config {path}: not valid JSON: {error}") from error
     if not isinstance(tree, dict):
@@ -84,7 +89,7 @@ def load(path: str | Path) -> dict[str, Any]:
             raise UsageError(f"ds_config {path}: '{key}' belongs to the TOML ({OWNED_BY_TOML[key]}); remove it here")
         if key not in KNOWN_KEYS:
             raise UsageError(f"ds_config {path}: unknown key '{key}'")
-    for key in ("fp16", "bf16", "zero_optimization"):
+    for key in OBJECTS:
         if not isinstance(tree.get(key, {}), dict):
             raise UsageError(f"ds_config {path}: '{key}' must be an object, such as {{\"enabled\": true}}")
     _check_precision(tree, path)
@@ -93,7 +98,7 @@ def load(path: str | Path) -> dict[str, Any]:
 
 def zero_stage(tree: dict[str, Any]) -> int:
     """The ZeRO stage, 0 when none is named."""
-    return int(tree.get("zero_optimization", {}).get("stage", 0))
+    return tree.get("zero_optimization", {}).get("stage", 0)
 
 
 def precision(tree: dict[str, Any]) -> str:
@@ -105,16 +110,17 @@ def precision(tree: dict[str, Any]) -> str:
 
 
 def _check_precision(tree: dict[str, Any], path: Path) -> None:
+    stage = zero_stage(tree)
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        raise UsageError(f"ds_config {path}: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
     enabled = [name for name in ("fp16", "bf16") if tree.get(name, {}).get("enabled", False)]
     if len(enabled) == 2:
         raise UsageError(f"ds_config {path}: fp16 and bf16 are both enabled; choose one")
-    if enabled and zero_stage(tree) == 0:
+    if enabled and stage == 0:
         raise UsageError(
             f"ds_config {path}: {enabled[0]} with ZeRO stage 0 trains silently wrong in DeepSpeed 0.19; "
             'use "zero_optimization": {"stage": 1}'
         )
-    if zero_stage(tree) not in (0, 1, 2, 3):
-        raise UsageError(f"ds_config {path}: zero_optimization.stage must be 0, 1, 2 or 3, got {zero_stage(tree)}")
 
 
 def check_device(tree: dict[str, Any], device: str) -> None:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fastsskd import distributed
+from fastsskd.batch import Batch
 from fastsskd.errors import InputError
-from fastsskd.loader import Batch, Loader
+from fastsskd.loader import Loader
 from fastsskd.schedule import learning_rate, set_learning_rate
 from fastsskd_kernels import derive_seed
 

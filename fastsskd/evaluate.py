@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsskd import distributed
+from fastsskd.datasets import refuse_unlabelled
 from fastsskd.errors import InputError
 from fastsskd.loader import Loader, open_manifest
 from fastsskd.manifest import Manifest
@@ -112,6 +113,7 @@ def _check_fits(path: str | Path, info: ModelInfo, first: ModelInfo, manifest: M
             f"checkpoint {path}: knows {len(info.classes)} classes ({', '.join(info.classes[:3])}, ...), the manifest "
             f"has {len(manifest.classes)} ({', '.join(manifest.classes[:3])}, ...); evaluate on the same classes"
         )
+    refuse_unlabelled(manifest, str(manifest.root), "evaluation")
 
 
 def table(metrics: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ def classification_metrics(probs: np.ndarray, labels: np.ndarray, classes: tuple
 
     Args:
         probs: ``(n, C)`` class probabilities.
-        labels: ``(n,)`` int64 class ids, or ``(n, C)`` multi-hot.
+        labels: ``(n,)`` int64 class ids from 0, or ``(n, C)`` multi-hot.
         classes: names of the C classes.
 
     Returns:
@@ -23,8 +23,13 @@ def classification_metrics(probs: np.ndarray, labels: np.ndarray, classes: tuple
         ``d_prime``: ``sqrt(2)`` times the normal quantile of the mean AUC (AudioSet's convention); ``accuracy`` and
         ``top5`` for single-label sets (None otherwise); ``num_clips``; ``num_classes`` with at least one positive and
         one negative clip, over which the means are taken; ``per_class``: a dictionary for each class.
+
+    Raises:
+        ValueError: an id that is no class, such as the -1 of an unlabelled clip.
     """
     single = labels.ndim == 1
+    if single and len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
+        raise ValueError(f"labels from {labels.min()} to {labels.max()}: expected 0 to {len(classes) - 1}")
     truth = np.eye(len(classes), dtype=np.int8)[labels] if single else (labels > 0.5).astype(np.int8)
     per_class = {name: _one_class(truth[:, c], probs[:, c]) for c, name in enumerate(classes)}
     if single:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastsskd import losses
+from fastsskd.batch import Batch
 from fastsskd.config import LossConfig, MaskConfig
-from fastsskd.loader import Batch
 from fastsskd.model import ACM
 from fastsskd.views import Views, make_views
 

@@ -216,7 +216,7 @@ class Recipe:
         data, clips = self.config.data, self._clips(stage)
         balanced = None
         if data.balanced and clips.classes:
-            balanced = balanced_weights([clips.labels(i) for i in range(len(clips))], len(clips.classes))
+            balanced = balanced_weights(clips)
         return Loader(
             clips,
             batch_size=self.sizes.micro,

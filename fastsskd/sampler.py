@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from fastsskd.manifest import Manifest
+
 _ORDER_STREAM = 0x0D  # keeps the order's random stream apart from those of crops and masks
 
 
@@ -74,8 +76,10 @@ class Sampler:
                 yield np.array_split(chunk, self.world_size)[self.rank], position
 
 
-def balanced_weights(labels: list[np.ndarray], num_classes: int) -> np.ndarray:
-    """AudioSet's balanced sampling: a clip weighs the sum over its labels of 1000 / (clips of the label + 0.01)."""
-    counts = np.bincount(np.concatenate(labels).astype(np.int64), minlength=num_classes)
-    per_class = 1000.0 / (counts + 0.01)
-    return np.array([per_class[own].sum() for own in labels])
+def balanced_weights(manifest: Manifest) -> np.ndarray:
+    """AudioSet's balanced sampling: a clip weighs the sum over its labels of 1000 / (clips of the label + 0.01).
+
+    Returns:
+        ``(n,)`` float64, for :class:`Sampler`.
+    """
+    return manifest.sum_over_labels(1000.0 / (manifest.class_counts() + 0.01))

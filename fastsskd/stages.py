@@ -41,5 +41,6 @@ def plan_stages(config: Config) -> list[Stage]:
                 teacher = {"": None, "supervised": "teacher", "previous": last_distilled}.get(wanted, wanted)
             stages.append(Stage(kind, iteration, last, teacher))
             last = stages[-1].name
-        last_distilled = last if "distill" in config.recipe.stages else None
+            if kind == "distill":
+                last_distilled = last
     return stages

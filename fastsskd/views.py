@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import fastsskd_kernels as kernels
+from fastsskd.batch import Batch
 from fastsskd.config import MaskConfig
-from fastsskd.loader import Batch
 from fastsskd.model import PATCH, patchify
 
 

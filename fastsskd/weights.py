@@ -97,12 +97,27 @@ def read_model_file(file: Path) -> tuple[dict[str, Tensor], ModelInfo]:
             state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"checkpoint {file}: not a safetensors file, or damaged ({_first_line(error)})") from None
-    about = json.loads(about)
-    about.pop("version")
-    about["classes"] = tuple(about["classes"])
+    return state, _read_info(file, about)
+
+
+def _read_info(file: Path, text: str) -> ModelInfo:
+    """The description in a model file's header; never more or less than the fields of :class:`ModelInfo`."""
+    number = (int, float)
+    kinds = {"size": str, "classes": list, "multi_label": bool, "seconds": number, "mean": number, "std": number}
+    kinds |= {"sample_rate": int, "version": str}
+    try:
+        about = json.loads(text)
+    except ValueError:
+        about = None
+    known = isinstance(about, dict) and set(about) == set(kinds)
+    if not known or not all(isinstance(about[name], kind) for name, kind in kinds.items()):
+        raise InputError(
+            f"checkpoint {file}: fastsskd {__version__} cannot read its description; which version wrote it?"
+        )
     if about["size"] not in SIZES:
         raise InputError(f"checkpoint {file}: model size {about['size']!r} is not known to this version")
-    return state, ModelInfo(**about)
+    del about["version"]
+    return ModelInfo(**{**about, "classes": tuple(about["classes"])})
 
 
 def initialise_from(model: ACM, path: str | Path) -> dict[str, list[str]]:

@@ -1,33 +1,60 @@
 """The decorators of every compiled function: no GIL, and machine code that is kept on disk.
 
-Numba keeps compiled code beside the source. Where that folder is read-only (a system-wide install, a container image)
-it uses the user's cache folder, and where neither can be written every process compiles anew, which takes seconds. Each
-of the two is announced by one warning. NUMBA_CACHE_DIR chooses another folder.
+The code lies beside the source; where that is read-only (a system-wide install, a container image) in the user's cache;
+and where neither can be written every process compiles anew, which takes seconds. Each of the two is announced by one
+warning. NUMBA_CACHE_DIR chooses another folder.
+
+Numba discards cached code when the file of the function changes, but not when a function that it calls changes in
+another file. The folder's name therefore carries a digest of all sources of this package.
 """
 
+import hashlib
+import os
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numba
 
-_announced: set[str] = set()
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def _choose_folder() -> Path | None:
+    """A writable folder for this version of the sources, or None; warns where it is not the usual one."""
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(_PACKAGE.glob("*.py")))).hexdigest()[:12]
+    beside, user = _PACKAGE / "__pycache__", Path(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")))
+    for base in [Path(numba.config.CACHE_DIR)] if numba.config.CACHE_DIR else [beside, user]:
+        folder = base / f"fastsskd_kernels-{digest}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError:
+            continue
+        if base == user:
+            warnings.warn(f"compiled kernels are kept in {folder}, because {_PACKAGE} is read-only", stacklevel=2)
+        return folder
+    warnings.warn(
+        "no folder for compiled kernels is writable; set NUMBA_CACHE_DIR to save seconds at every start", stacklevel=2
+    )
+    return None
+
+
+cache_folder = _choose_folder()
 
 
 def njit(function: Callable) -> Callable:
-    """Compile ``function`` on its first call, without the GIL, and cache it on disk if any place allows.
+    """Compile ``function`` on its first call, without the GIL, and keep the machine code in ``cache_folder``.
 
     Floating-point rules stay strict: NaN and infinity keep their meaning, sums keep their order.
     """
-    try:
-        compiled = numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # numba: "cannot cache function: no locator available"
-        _announce("no folder for compiled kernels is writable; set NUMBA_CACHE_DIR to save seconds at every start")
+    if cache_folder is None:
         return numba.njit(nogil=True)(function)
-    package, folder = Path(__file__).resolve().parent, cache_folder(compiled)
-    if not numba.config.CACHE_DIR and package not in folder.parents:
-        _announce(f"compiled kernels are kept in {folder}, because {package} is read-only")
-    return compiled
+    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(cache_folder)
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    finally:
+        numba.config.CACHE_DIR = before
 
 
 def inlined(function: Callable) -> Callable:
@@ -37,15 +64,3 @@ def inlined(function: Callable) -> Callable:
     are slow to compile; steps that only call other steps are inlined instead.
     """
     return numba.njit(nogil=True, inline="always")(function)
-
-
-def cache_folder(compiled: Callable) -> Path | None:
-    """Folder of a compiled function's machine code, or None where there is none."""
-    path = compiled.stats.cache_path
-    return Path(path).resolve() if path else None
-
-
-def _announce(message: str) -> None:
-    if message not in _announced:
-        _announced.add(message)
-        warnings.warn(message, stacklevel=3)

@@ -86,10 +86,9 @@ def fbank_torch(waveform: torch.Tensor, sample_rate: int, num_mel_bins: int, win
 
     frames = waveform.unfold(1, length, shift)
     frames = frames - frames.mean(-1, keepdim=True)
-    # Pre-emphasis x[n] - 0.97 x[n-1], where the sample before the first is the first itself; then the window.
+    # Window times (x[n] - 0.97 x[n-1]). The first sample has nothing before it, and a window that is zero there.
     emphasised = frames * taper
     emphasised[..., 1:].addcmul_(frames[..., :-1], taper[1:], value=-PREEMPHASIS)
-    emphasised[..., 0] *= 1.0 - PREEMPHASIS
     power = torch.fft.rfft(emphasised, n=padded).abs().square_()
     # float64 is out of reach of autocast and of TF32, which would cost three digits. Kaldi's banks end below Nyquist.
     mel = power[..., :-1].double() @ banks.double().T

@@ -22,7 +22,16 @@ import numpy as np
 
 from fastsskd_kernels.compile import inlined, njit
 from fastsskd_kernels.kaldi import LOG_FLOOR, PREEMPHASIS, frame_samples, mel_banks, window_values
-from fastsskd_kernels.simd import LANES, load, splat, store
+from fastsskd_kernels.simd import LANES, load, splat, store, transpose
+
+# log(1 + t) = t - t^2 / 2 + t^3 (P0 t^8 + ... + P8), and the two parts of log(2). Typed here: literals are float64.
+ZERO, HALF, ONE, INFINITY = np.float32(0.0), np.float32(0.5), np.float32(1.0), np.float32(np.inf)
+FLOOR = np.float32(LOG_FLOOR)
+P0, P1, P2 = np.float32(7.0376836292e-2), np.float32(-1.1514610310e-1), np.float32(1.1676998740e-1)
+P3, P4, P5 = np.float32(-1.2420140846e-1), np.float32(1.4249322787e-1), np.float32(-1.6668057665e-1)
+P6, P7, P8 = np.float32(2.0000714765e-1), np.float32(-2.4999993993e-1), np.float32(3.3333331174e-1)
+LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+SQRT_HALF_BITS, MANTISSA_BITS = np.int32(0x3F3504F3), np.int32(23)
 
 
 class Plan(NamedTuple):
@@ -87,33 +96,46 @@ def fbank_clip(waveform, scale, frames, plan, out):
     tile = np.empty((shift, LANES + (length - 1) // shift), np.float32)
     mel = np.empty((out.shape[1], LANES), np.float32)
     for start in range(0, frames, LANES):
-        read_tile(waveform, scale, start * shift, tile)
-        window_frames(tile, plan.window, work)
+        read_tile(waveform, start * shift, tile)
+        window_frames(tile, plan.window, scale, work)
         complex_fft(work, plan.root)
         power_spectrum(work, plan.half_root, plan.place)
         mel_filters(work, plan.mel_start, plan.mel_row, plan.mel_weight, mel)
         log_inplace(mel.reshape(-1))
-        for lane in range(min(LANES, frames - start)):
-            for m in range(out.shape[1]):
-                out[start + lane, m] = mel[m, lane]
+        copy_transposed(mel.reshape(-1), 0, LANES, out.shape[1], out[start : min(start + LANES, frames)])
 
 
-@njit
-def read_tile(waveform, scale, start, tile):
-    """tile[p, j] = scale * waveform[start + j * shift + p]: sample p of column j; zero beyond the end."""
+@inlined
+def read_tile(waveform, start, tile):
+    """tile[p, j] = waveform[start + j * shift + p]: sample p of column j; zero beyond the end."""
     shift, columns = tile.shape
-    for j in range(columns):
+    whole = min(columns, (waveform.size - start) // shift)
+    copy_transposed(waveform, start, shift, whole, tile)
+    for j in range(whole, columns):
         begin = start + j * shift
-        count = max(0, min(shift, waveform.size - begin))
-        for p in range(count):
-            tile[p, j] = np.float32(waveform[begin + p]) * scale
-        for p in range(count, shift):
-            tile[p, j] = 0.0
+        for p in range(shift):
+            tile[p, j] = np.float32(waveform[begin + p]) if begin + p < waveform.size else ZERO
 
 
 @njit
-def window_frames(tile, window, work):
-    """DC removal, pre-emphasis and window; rows from the frame's length to N become zero.
+def copy_transposed(source, first, stride, columns, target):
+    """target[i, j] = source[first + j * stride + i] for every row i of target and its first columns j.
+
+    Squares of LANES x LANES in registers, what is left at the edges number by number.
+    """
+    rows = target.shape[0]
+    inner_rows, inner_columns = rows - rows % LANES, columns - columns % LANES
+    for j in range(0, inner_columns, LANES):
+        for i in range(0, inner_rows, LANES):
+            transpose(source, first + j * stride + i, stride, target, i, j)
+    for j in range(columns):
+        for i in range(inner_rows if j < inner_columns else 0, rows):
+            target[i, j] = source[first + j * stride + i]
+
+
+@njit
+def window_frames(tile, window, scale, work):
+    """DC removal, pre-emphasis and window times ``scale``; rows from the frame's length to N become zero.
 
     The mean is corrected by the mean of what it leaves: under a large offset one float32 sum is off by enough to show
     in quiet bins.
@@ -127,7 +149,7 @@ def window_frames(tile, window, work):
         for p in range(min(shift, length - q * shift)):
             current = load(tile, p, q) - mean
             n = q * shift + p
-            store(work, n, 0, (current - emphasis * previous) * splat(window[n]))
+            store(work, n, 0, (current - emphasis * previous) * splat(window[n] * scale))
             previous = current
     for n in range(length, work.shape[0]):
         store(work, n, 0, splat(0.0))
@@ -220,24 +242,20 @@ def mel_filters(power, start, row, weight, mel):
 def log_inplace(x):
     """x = log(max(x, float32 epsilon)), natural, within 1 ulp or so (Cephes' logf); NaN and infinity stay."""
     bits = x.view(np.int32)
-    one, half = np.float32(1.0), np.float32(0.5)
     for i in range(x.size):
-        value = np.float32(LOG_FLOOR) if x[i] < np.float32(LOG_FLOOR) else x[i]
-        # value = mantissa * 2^exponent, with the mantissa in [sqrt(1/2), sqrt(2)) whose lower end is 0x3F3504F3.
+        value = FLOOR if x[i] < FLOOR else x[i]
+        # value = mantissa * 2^exponent with the mantissa in [sqrt(1/2), sqrt(2)); equal bits are read as int and float.
         x[i] = value
-        exponent = np.int32(np.int32(bits[i] - np.int32(0x3F3504F3)) >> np.int32(23))
-        bits[i] = np.int32(bits[i] - np.int32(exponent << np.int32(23)))
-        t = x[i] - one
-        e = np.float32(exponent)
-        y = np.float32(7.0376836292e-2)
-        y = y * t - np.float32(1.1514610310e-1)
-        y = y * t + np.float32(1.1676998740e-1)
-        y = y * t - np.float32(1.2420140846e-1)
-        y = y * t + np.float32(1.4249322787e-1)
-        y = y * t - np.float32(1.6668057665e-1)
-        y = y * t + np.float32(2.0000714765e-1)
-        y = y * t - np.float32(2.4999993993e-1)
-        y = y * t + np.float32(3.3333331174e-1)
-        y = y * t * t * t - e * np.float32(2.12194440e-4) - half * t * t
-        y = t + y + e * np.float32(0.693359375)
-        x[i] = y if value < np.float32(np.inf) else value
+        exponent = np.int32(np.int32(bits[i] - SQRT_HALF_BITS) >> MANTISSA_BITS)
+        bits[i] = np.int32(bits[i] - np.int32(exponent << MANTISSA_BITS))
+        t, e = x[i] - ONE, np.float32(exponent)
+        y = P0 * t + P1
+        y = y * t + P2
+        y = y * t + P3
+        y = y * t + P4
+        y = y * t + P5
+        y = y * t + P6
+        y = y * t + P7
+        y = y * t + P8
+        y = y * t * t * t + e * LN2_LOW - HALF * t * t
+        x[i] = t + y + e * LN2_HIGH if value < INFINITY else value

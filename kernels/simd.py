@@ -39,12 +39,32 @@ class LanesModel(models.PrimitiveModel):
         super().__init__(manager, numba_type, _VECTOR)
 
 
-def _address(context, builder, array_type, array, row, column):
-    """Pointer to the vector that starts at array[row, column]. The array is C-contiguous, its rows any length."""
-    view = context.make_array(array_type)(context, builder, array)
-    width = builder.extract_value(view.shape, 1)
-    offset = builder.add(builder.mul(row, width), column)
-    return builder.bitcast(builder.gep(view.data, [offset]), _VECTOR.as_pointer())
+def _index(context, builder, signature, arguments, places):
+    """The integer arguments at these places, as machine words."""
+    return [context.cast(builder, arguments[i], signature.args[i], types.intp) for i in places]
+
+
+def _address(context, builder, array_type, array, element):
+    """Pointer to one element of a C-contiguous array, counted from its first."""
+    return builder.gep(context.make_array(array_type)(context, builder, array).data, [element])
+
+
+def _address_2d(context, builder, array_type, array, row, column):
+    """Pointer to array[row, column]."""
+    width = builder.extract_value(context.make_array(array_type)(context, builder, array).shape, 1)
+    return _address(context, builder, array_type, array, builder.add(builder.mul(row, width), column))
+
+
+def _load(builder, pointer):
+    """LANES numbers from a pointer to float32, or to int16, which become float32."""
+    if pointer.type.pointee == ir.FloatType():
+        return builder.load(builder.bitcast(pointer, _VECTOR.as_pointer()), align=4)
+    whole = ir.VectorType(ir.IntType(16), LANES)
+    return builder.sitofp(builder.load(builder.bitcast(pointer, whole.as_pointer()), align=2), _VECTOR)
+
+
+def _store(builder, value, pointer):
+    builder.store(value, builder.bitcast(pointer, _VECTOR.as_pointer()), align=4)
 
 
 @intrinsic
@@ -52,12 +72,8 @@ def load(typingctx, array, row, column):
     """load(array, row, column) -> Lanes: array[row, column : column + LANES] of a C-contiguous float32 (R, C)."""
 
     def generate(context, builder, signature, arguments):
-        array_type, *index_types = signature.args
-        row, column = (
-            context.cast(builder, value, source, types.intp)
-            for value, source in zip(arguments[1:], index_types, strict=True)
-        )
-        return builder.load(_address(context, builder, array_type, arguments[0], row, column), align=4)
+        row, column = _index(context, builder, signature, arguments, (1, 2))
+        return _load(builder, _address_2d(context, builder, signature.args[0], arguments[0], row, column))
 
     return lanes(array, row, column), generate
 
@@ -67,15 +83,40 @@ def store(typingctx, array, row, column, value):
     """store(array, row, column, value): array[row, column : column + LANES] = value."""
 
     def generate(context, builder, signature, arguments):
-        array_type, *index_types, _ = signature.args
-        row, column = (
-            context.cast(builder, index, source, types.intp)
-            for index, source in zip(arguments[1:3], index_types, strict=True)
-        )
-        builder.store(arguments[3], _address(context, builder, array_type, arguments[0], row, column), align=4)
+        row, column = _index(context, builder, signature, arguments, (1, 2))
+        _store(builder, arguments[3], _address_2d(context, builder, signature.args[0], arguments[0], row, column))
         return context.get_dummy_value()
 
     return types.none(array, row, column, value), generate
+
+
+@intrinsic
+def transpose(typingctx, source, first, stride, target, row, column):
+    """transpose(source, first, stride, target, row, column): a square of LANES x LANES numbers, in registers.
+
+    target[row + i, column + j] = source[first + j * stride + i]; ``source`` is 1-D float32 or int16. Interleaving the
+    first half of the vectors with the second half, log2(LANES) times, is a transposition.
+    """
+
+    def generate(context, builder, signature, arguments):
+        first, stride, row, column = _index(context, builder, signature, arguments, (1, 2, 4, 5))
+        source_type, target_type = signature.args[0], signature.args[3]
+        vectors = []
+        for j in range(LANES):
+            element = builder.add(first, builder.mul(stride, ir.Constant(stride.type, j)))
+            vectors.append(_load(builder, _address(context, builder, source_type, arguments[0], element)))
+        word = ir.IntType(32)
+        low = [place for i in range(LANES // 2) for place in (i, LANES + i)]
+        masks = [ir.Constant(ir.VectorType(word, LANES), [p + k for p in low]) for k in (0, LANES // 2)]
+        for _ in range(LANES.bit_length() - 1):
+            pairs = zip(vectors[: LANES // 2], vectors[LANES // 2 :], strict=True)
+            vectors = [builder.shuffle_vector(a, b, mask) for a, b in pairs for mask in masks]
+        for i, vector in enumerate(vectors):
+            there = builder.add(row, ir.Constant(row.type, i))
+            _store(builder, vector, _address_2d(context, builder, target_type, arguments[3], there, column))
+        return context.get_dummy_value()
+
+    return types.none(source, first, stride, target, row, column), generate
 
 
 @intrinsic

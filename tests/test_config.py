@@ -1,6 +1,7 @@
 """The TOML: every key, type and limit is checked, and what is written down again is what was read."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import tomllib
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 from fastsskd import config
 from fastsskd.errors import InputError, UsageError
 
+PRESETS = Path(__file__).parents[1] / "launch/configs"
 SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(config.Config)}
 FIELDS = [(section, field) for section, cls in SECTIONS.items() for field in dataclasses.fields(cls)]
+BY_NAME = {f"{section}.{field.name}": field for section, field in FIELDS}
 NUMBERS = [(section, field) for section, field in FIELDS if field.type in ("int", "float")]
 
 
@@ -79,6 +82,11 @@ def test_an_unknown_section_is_refused():
     assert "ssl must be a section, [ssl]" in refusal({"ssl": 5})
 
 
+@pytest.mark.parametrize("path", sorted(PRESETS.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_preset_loads(path):
+    config.load(path)
+
+
 # -------------------------------------------------------------------------------------------------- types and limits
 
 
@@ -115,11 +123,8 @@ def test_every_number_has_a_lower_limit():
 
 
 def test_every_seed_that_is_accepted_can_be_used(make_model):
-    high = dict(FIELDS_BY_NAME)["run.seed"].metadata["high"]
+    high = BY_NAME["run.seed"].metadata["high"]
     make_model(seed=high)
-
-
-FIELDS_BY_NAME = [(f"{section}.{field.name}", field) for section, field in FIELDS]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +140,7 @@ def test_a_word_that_is_no_choice_is_refused(section, field):
 def test_the_sizes_are_the_model_s():
     from fastsskd.model import SIZES
 
-    assert dict(FIELDS_BY_NAME)["model.size"].metadata["choices"] == tuple(SIZES)
+    assert BY_NAME["model.size"].metadata["choices"] == tuple(SIZES)
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ def bands(mask, patch):
 
 
 def test_intra_patch_mask_is_figure_3():
-    clips, patches = 400, 32
+    clips, patches = 1500, 32
     mask = kernels.intra_patch_mask(clips, (8, 4), generator=seeds_of(clips))
     assert mask.shape == (clips, 128, 64) and mask.dtype == torch.bool
     found = bands(mask, 16)

@@ -123,6 +123,12 @@ def test_a_class_that_every_clip_has_is_left_out_too():
     assert metrics["num_classes"] == 2
 
 
+@pytest.mark.parametrize("label", [-1, 3])
+def test_an_unlabelled_clip_never_counts_as_another_class(label):
+    with pytest.raises(ValueError, match="expected 0 to 2"):
+        classification_metrics(np.eye(3), np.array([0, 1, label]), ("a", "b", "c"))
+
+
 def test_nothing_to_tell_apart_gives_none_not_nan():
     metrics = classification_metrics(np.full((3, 2), 0.5), np.array([0, 0, 0]), ("a", "b"))
     assert metrics["mAP"] is metrics["AUC"] is metrics["d_prime"] is None

@@ -194,7 +194,7 @@ def reference(tones, tmp_path_factory):
 
 @pytest.mark.parametrize("zero_stage", [1, 3])
 def test_resume_after_sigterm_repeats_the_uninterrupted_run(tones, tmp_path, zero_stage):
-    options = {"ds": {"zero_optimization": {"stage": zero_stage}}, "ssl__epochs": 30, "model__drop_path": 0.2}
+    options = {"ds": {"zero_optimization": {"stage": zero_stage}}, "ssl__epochs": 10, "model__drop_path": 0.2}
     whole, result, _ = run(tmp_path / "whole", tones, **options)
     out = tmp_path / "cut"
     process = subprocess.Popen(
@@ -217,7 +217,7 @@ def test_resume_after_sigterm_repeats_the_uninterrupted_run(tones, tmp_path, zer
 
 
 def test_resume_after_kill_continues_from_the_last_checkpoint(tones, tmp_path):
-    options = {"ssl__epochs": 30, "run__checkpoint_every": 4}
+    options = {"ssl__epochs": 10, "run__checkpoint_every": 4}
     whole, _, _ = run(tmp_path / "whole", tones, **options)
     out = tmp_path / "cut"
     process = subprocess.Popen(
@@ -235,7 +235,7 @@ def test_resume_after_kill_continues_from_the_last_checkpoint(tones, tmp_path):
 
 def test_no_whole_checkpoint_is_an_error_not_a_restart(tones, tmp_path):
     out = tmp_path / "cut"
-    options = {"ssl__epochs": 30, "run__checkpoint_every": 4}
+    options = {"ssl__epochs": 10, "run__checkpoint_every": 4}
     process = subprocess.Popen(
         command(out, tones, **options), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

@@ -1,12 +1,15 @@
 """Which clip next: each clip once, the same step on any number of ranks, and a place to continue from."""
 
 import math
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastsskd.clip_columns import from_columns
 from fastsskd.sampler import Sampler, balanced_weights
 
 
@@ -129,13 +132,20 @@ def test_weighted_epochs_are_shared_out_alike():
     ]
 
 
+def table(labels, num_classes):
+    """A manifest of clips with these labels."""
+    lists = pa.array(labels, pa.list_(pa.int16()))
+    paths = pa.array([f"{i}.wav" for i in range(len(labels))])
+    classes = tuple(f"class{c}" for c in range(num_classes))
+    return from_columns(paths, root=Path("/nowhere"), labels=lists, classes=classes, multi_label=True)
+
+
 def test_balanced_weights_are_audioset_s():
-    labels = [np.array([0]), np.array([0, 1]), np.array([0]), np.array([2, 1])]
     common, middle, rare = 1000 / 3.01, 1000 / 2.01, 1000 / 1.01
     expected = [common, common + middle, common, rare + middle]
-    assert balanced_weights(labels, 4) == pytest.approx(expected)
+    assert balanced_weights(table([[0], [0, 1], [0], [2, 1]], 4)) == pytest.approx(expected)
 
 
 def test_balanced_weights_of_a_clip_without_labels_are_zero():
-    weights = balanced_weights([np.array([0]), np.array([], np.int64)], 1)
+    weights = balanced_weights(table([[0], []], 1))
     assert weights[0] > 0 and weights[1] == 0

@@ -24,8 +24,18 @@ class OwnTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
-        """``(B, S)`` waveform at 16 kHz -> logits ``(B, C)`` and clip features ``(B, D)``, float32."""
+        """``(B, S)`` waveform at 16 kHz -> logits ``(B, C)`` and clip features ``(B, D)``, float32.
+
+        Raises:
+            InputError: clips longer than those the teacher was trained on; shorter ones are padded.
+        """
         frames = self.model.grid_size[0] * 16
+        if kernels.num_frames(waveform.shape[1]) > frames:
+            heard, seconds = waveform.shape[1] / 16000, self.info.seconds
+            raise InputError(
+                f"teacher: trained on clips of {seconds:g} s, it cannot hear {heard:g} s; lower data.seconds to that, "
+                "or use a teacher of longer clips"
+            )
         fbank, _ = kernels.features(waveform.float(), num_frames=frames, mean=self.info.mean, std=self.info.std)
         logits, clip = self.model(fbank)
         return logits.float(), clip.float()

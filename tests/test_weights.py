@@ -1,0 +1,262 @@
+"""Model files: what is saved is loaded bit for bit, and what is not ours or not whole is refused in one line."""
+
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from fastsskd.errors import InputError
+from fastsskd.model import build_model
+from fastsskd.weights import (
+    ModelInfo,
+    initialise_from,
+    load_model,
+    model_file,
+    read_model_file,
+    resize_positions,
+    save_model,
+)
+
+CLASSES = ("bell", "cat", "dog", "räin")
+INFO = ModelInfo("nano", CLASSES, False, 0.96, -4.0, 4.5)
+
+
+@pytest.fixture
+def saved(tmp_path, make_model):
+    """A model and its file."""
+    model = make_model(seed=3)
+    path = tmp_path / "run" / "model.safetensors"
+    save_model(path, model.state_dict(), INFO)
+    return model, path
+
+
+def refusal(action, *args) -> str:
+    with pytest.raises(InputError) as caught:
+        action(*args)
+    text = str(caught.value)
+    assert "\n" not in text and type(caught.value) is InputError
+    return text
+
+
+# --------------------------------------------------------------------------------------------------------- round trip
+
+
+def test_what_is_saved_is_loaded_bit_for_bit(saved, make_batch):
+    model, path = saved
+    loaded, info = load_model(path)
+    assert info == INFO
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    for name, value in model.state_dict().items():
+        assert value.numpy().tobytes() == loaded.state_dict()[name].numpy().tobytes(), name
+    assert not loaded.training
+    with torch.no_grad():
+        assert torch.equal(loaded(make_batch().fbank)[0], model.eval()(make_batch().fbank)[0])
+
+
+def test_the_file_and_its_folder_are_the_same_thing(saved):
+    _, path = saved
+    assert model_file(path) == model_file(path.parent) == path
+    assert load_model(path.parent)[1] == INFO
+
+
+@given(
+    classes=st.lists(st.text(max_size=8), max_size=5, unique=True).map(tuple),
+    multi_label=st.booleans(),
+    mean=st.floats(-100, 100),
+    seconds=st.floats(0.16, 60),
+)
+def test_any_description_survives(tmp_path_factory, classes, multi_label, mean, seconds):
+    info = ModelInfo("base", classes, multi_label, seconds, mean, 2.5)
+    path = tmp_path_factory.mktemp("any") / "m.safetensors"
+    save_model(path, {"x": torch.zeros(1)}, info)
+    assert read_model_file(path)[1] == info
+
+
+def test_16_bit_and_strided_tensors_are_stored_as_plain_float32(tmp_path):
+    state = {"half": torch.randn(3).bfloat16(), "strided": torch.randn(4, 6).T, "grad": torch.ones(2).requires_grad_()}
+    save_model(tmp_path / "m.safetensors", state, INFO)
+    for name, value in load_file(tmp_path / "m.safetensors").items():
+        assert value.dtype == torch.float32 and torch.equal(value, state[name].detach().float())
+
+
+def test_a_file_says_who_wrote_it_and_leaves_nothing_beside_it(saved):
+    _, path = saved
+    with safe_open(path, framework="pt") as opened:
+        assert json.loads(opened.metadata()["fastsskd"])["version"]
+    assert os.listdir(path.parent) == ["model.safetensors"]
+
+
+def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
+    _, path = saved
+    before = path.read_bytes()
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("fastsskd.weights.os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_model(path, {"x": torch.zeros(1)}, INFO)
+    assert path.read_bytes() == before
+
+
+# --------------------------------------------------------------------------------------------------- bad input, refused
+
+
+def test_an_absent_file_is_refused(tmp_path):
+    assert f"checkpoint {tmp_path / 'no.safetensors'}: no such file" in refusal(load_model, tmp_path / "no.safetensors")
+    assert "a run keeps them under checkpoints/" in refusal(load_model, tmp_path)
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 100, -1000, -1])
+def test_a_cut_file_is_refused(saved, length):
+    _, path = saved
+    path.write_bytes(path.read_bytes()[:length])
+    assert "not a safetensors file, or damaged" in refusal(load_model, path)
+
+
+@pytest.mark.parametrize("place", [0, 4, 8, 20, 200])
+def test_a_changed_header_is_refused(saved, place):
+    _, path = saved
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0xFF
+    path.write_bytes(data)
+    assert str(path) in refusal(load_model, path)
+
+
+def test_trailing_bytes_are_refused(saved):
+    _, path = saved
+    path.write_bytes(path.read_bytes() + b"more")
+    assert "damaged" in refusal(load_model, path)
+
+
+class Trap:
+    """Unpickling this makes a file: proof that something was run."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("writer", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+def test_a_pickle_is_refused_and_never_run(tmp_path, make_model, writer):
+    path = tmp_path / "model.safetensors"
+    writer({"weights": Trap(tmp_path / "sprung")}, path)
+    assert "not a safetensors file" in refusal(load_model, path)
+    assert "not a safetensors file" in refusal(initialise_from, make_model(), path)
+    assert not (tmp_path / "sprung").exists()
+
+
+ABOUT = {
+    "size": "nano", "classes": ["a"], "multi_label": False, "seconds": 1.0, "mean": 0.0, "std": 1.0,
+    "sample_rate": 16000, "version": "0.1.0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        None,
+        {"format": "pt"},
+        {"fastsskd": "no json"},
+        {"fastsskd": "[]"},
+        {"fastsskd": "{}"},
+        {"fastsskd": json.dumps({**ABOUT, "size": "huge"})},
+        {"fastsskd": json.dumps({**ABOUT, "size": ["nano"]})},
+        {"fastsskd": json.dumps({**ABOUT, "from_the_future": 1})},
+        {"fastsskd": json.dumps({**ABOUT, "classes": 3})},
+        {"fastsskd": json.dumps({**ABOUT, "seconds": "ten"})},
+        {"fastsskd": json.dumps({name: value for name, value in ABOUT.items() if name != "std"})},
+    ],
+)
+def test_a_safetensors_file_of_something_else_is_refused(tmp_path, make_model, metadata):
+    path = tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(1)}, path, metadata)
+    for action in ((load_model, path), (initialise_from, make_model(), path)):
+        assert str(path) in refusal(*action)
+
+
+def test_weights_that_do_not_fit_their_description_are_refused(tmp_path, make_model):
+    path = tmp_path / "m.safetensors"
+    state = make_model().state_dict()
+    save_model(path, state, ModelInfo("nano", CLASSES[:3], False, 0.96, 0.0, 1.0))
+    assert "does not fit its own description" in refusal(load_model, path)
+    del state["norm.weight"]
+    save_model(path, state, INFO)
+    assert "norm.weight" in refusal(load_model, path)
+
+
+# ---------------------------------------------------------------------------------------------------- starting weights
+
+
+def test_the_same_shape_takes_everything(saved, make_model):
+    source, path = saved
+    model = make_model(seed=9)
+    report = initialise_from(model, path)
+    assert sorted(report["loaded"]) == sorted(source.state_dict())
+    assert report["resized"] == report["ignored"] == report["missing"] == []
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in source.state_dict().items())
+
+
+def test_other_classes_leave_the_head_fresh_and_say_so(saved, make_model):
+    source, path = saved
+    model, fresh = make_model(num_classes=7, seed=9), make_model(num_classes=7, seed=9)
+    report = initialise_from(model, path)
+    assert set(report["ignored"]) == set(report["missing"]) == {"head.1.weight", "head.1.bias"}
+    for name in ("head.1.weight", "head.1.bias"):
+        assert torch.equal(model.state_dict()[name], fresh.state_dict()[name])
+    assert torch.equal(model.patch_embed.weight, source.patch_embed.weight)
+
+
+def test_a_file_without_a_head_and_a_model_without_one(tmp_path, saved, make_model):
+    _, path = saved
+    headless = make_model(num_classes=0)
+    report = initialise_from(headless, path)
+    assert set(report["ignored"]) == {"head.0.weight", "head.0.bias", "head.1.weight", "head.1.bias"}
+    save_model(tmp_path / "h.safetensors", headless.state_dict(), ModelInfo("nano", (), False, 0.96, 0.0, 1.0))
+    assert set(initialise_from(make_model(), tmp_path / "h.safetensors")["missing"]) == set(report["ignored"])
+
+
+@pytest.mark.parametrize(("before", "after"), [(10.0, 5.0), (5.0, 10.0)])
+def test_positions_are_resized_to_another_clip_length(tmp_path, before, after):
+    source, model = (build_model("nano", 4, seconds=seconds, seed=seed) for seconds, seed in ((before, 1), (after, 2)))
+    path = tmp_path / "m.safetensors"
+    save_model(path, source.state_dict(), ModelInfo("nano", CLASSES, False, before, 0.0, 1.0))
+    report = initialise_from(model, path)
+    assert report["resized"] == ["pos_embed"] and report["missing"] == report["ignored"] == []
+    old = source.pos_embed.detach().reshape(-1, 8, 64).numpy()
+    new = model.pos_embed.detach().reshape(-1, 8, 64).numpy()
+    assert (len(old), len(new)) == ((64, 32) if before == 10.0 else (32, 64))
+    centres = (np.arange(len(new)) + 0.5) * len(old) / len(new) - 0.5  # of the new patches, on the old grid
+    for f, d in ((0, 0), (3, 17), (7, 63)):
+        expected = np.interp(centres, np.arange(len(old)), old[:, f, d])
+        np.testing.assert_allclose(new[:, f, d], expected, atol=1e-6)
+
+
+def test_positions_of_the_same_length_stay_bit_for_bit():
+    positions = torch.randn(1, 48, 8)
+    torch.testing.assert_close(resize_positions(positions, (6, 8)), positions, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", ["micro", "tiny"])
+@pytest.mark.parametrize("seconds", [0.96, 2.0])
+def test_another_size_is_an_error(saved, make_model, size, seconds):
+    _, path = saved
+    assert "a model of size 'nano' does not fit" in refusal(initialise_from, make_model(size, seconds=seconds), path)
+
+
+@pytest.mark.parametrize(("stored", "wanted"), [("micro", "tiny"), ("tiny", "micro")])
+def test_another_depth_of_the_same_width_is_an_error(tmp_path, make_model, stored, wanted):
+    path, model = tmp_path / "m.safetensors", make_model(wanted)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    save_model(path, make_model(stored).state_dict(), ModelInfo(stored, CLASSES, False, 0.96, 0.0, 1.0))
+    assert str(path) in refusal(initialise_from, model, path)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
