@@ -5,8 +5,9 @@
 
 One process; one thread for everybody unless a row says otherwise. Every row of a table is timed once per round, round
 after round, so that a busy machine slows all of them; a cell is the median over rounds of the time for one 10 s clip at
-16 kHz, each from a burst of calls. Before anything is timed, each candidate's output is compared with torchaudio's or scikit-image's: a fast wrong
-kernel is not in the table. Results go to ``benchmarks/results/kernels.json`` and ``kernels.md``.
+16 kHz, each from a burst of calls. Before anything is timed, each candidate's output is compared with torchaudio's or
+scikit-image's: a fast wrong kernel is not in the table. Results go to ``benchmarks/results/kernels.json`` and
+``kernels.md``.
 
 How to read it: MKL's real FFT of the 998 windowed frames, alone, is one part of the work. It is no hard limit, since an
 FFT that keeps frames in SIMD lanes and in cache need not run at MKL's speed, but it is the yardstick: ratios to it

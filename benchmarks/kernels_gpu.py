@@ -19,7 +19,7 @@ GOAL = 100_000  # clips per second on an H200-class card
 
 
 class Traffic(TorchDispatchMode):
-    """Counts operations that do work, and the bytes of their operands. Views move nothing."""
+    """Counts operations that do work and the bytes that they read and write. Views move nothing."""
 
     def __init__(self):
         super().__init__()
@@ -27,11 +27,19 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, _types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
-        if not operation.is_view and "empty" not in operation.name():
+        if not (operation.is_view or "empty" in operation.name() or "view" in operation.name()):
+            read, written = distinct((args, kwargs)), distinct(result)
+            if operation.name().endswith(("fill_.Scalar", "fill_.Tensor", "copy_", ".out")):  # what is overwritten is not read
+                read = {key: size for key, size in read.items() if key not in written}
             self.operations += 1
-            tensors = {id(leaf): leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)}
-            self.bytes += sum(touched(tensor) for tensor in tensors.values())
+            self.bytes += sum(read.values()) + sum(written.values())
         return result
+
+
+def distinct(tree) -> dict[tuple, int]:
+    """Memory of each tensor in a nest of arguments, slices of one storage apart: place to bytes."""
+    leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    return {(leaf.untyped_storage().data_ptr(), leaf.storage_offset(), leaf.shape): touched(leaf) for leaf in leaves}
 
 
 def touched(tensor: torch.Tensor) -> int:

@@ -92,6 +92,12 @@ def load(path: str | Path) -> dict[str, Any]:
     for key in OBJECTS:
         if not isinstance(tree.get(key, {}), dict):
             raise UsageError(f"ds_config {path}: '{key}' must be an object, such as {{\"enabled\": true}}")
+    for key in ("fp16", "bf16"):
+        if type(tree.get(key, {}).get("enabled", False)) is not bool:
+            raise UsageError(f"ds_config {path}: {key}.enabled must be true or false, got {tree[key]['enabled']!r}")
+    clipping = tree.get("gradient_clipping", 0.0)
+    if type(clipping) not in (int, float) or not clipping >= 0.0:
+        raise UsageError(f"ds_config {path}: gradient_clipping must be a number from 0 on, got {clipping!r}")
     _check_precision(tree, path)
     return tree
 

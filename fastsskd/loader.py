@@ -1,6 +1,6 @@
 """The loader: manifest -> ready batches of features, made ahead of training.
 
-    sampler -> read + probe (threads) -> DALI: decode, resample, crop or loop, copy -> fbank + HOG -> queue -> training
+    sampler -> read, probe -> DALI: decode -> resample the crop or loop -> copy -> fbank, HOG -> queue -> training
 
 What a batch holds is a pure function of (manifest, seed, epoch, position): no thread, rank or clock has a part in it.
 A clip that cannot be used is left out of its batch, which is then smaller, and named in ``skipped``; nothing ever takes
@@ -20,11 +20,10 @@ import torch
 
 from fastsskd import config, layouts, manifest
 from fastsskd.batch import Batch
-from fastsskd.decode import SAMPLE_RATE
 from fastsskd.errors import InputError
 from fastsskd.model import num_input_frames
 from fastsskd.sampler import Sampler
-from fastsskd.stream import Stream, StreamSettings
+from fastsskd.stream import SAMPLE_RATE, Stream, StreamSettings
 
 __all__ = ["Batch", "Loader", "default_workers", "open_manifest"]
 

@@ -1,6 +1,7 @@
 """The producer behind a loader: one thread that turns clip indices into ready batches, in order.
 
-Read and probe (threads) -> DALI: decode, resample, crop or loop, copy to the device -> check -> fbank and HOG -> queue.
+Read and probe (threads) -> DALI: decode, downmix -> check, resample the crop or loop (threads) -> copy to the device ->
+fbank and HOG (threads on a CPU, torch on a GPU) -> queue.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ import torch
 from torch import Tensor
 
 import fastsskd_kernels as kernels
-from fastsskd.audio_file import MAX_AMPLITUDE, AudioInfo, BadClip, check_decoded_length, probe
+from fastsskd.audio_file import AudioInfo, BadClip, check_decoded, probe
 from fastsskd.batch import Batch
-from fastsskd.decode import SAMPLE_RATE, DecodeError, Decoder, EncodedClip
+from fastsskd.decode import Decoded, DecodeError, Decoder
 from fastsskd.manifest import Manifest
 from fastsskd.model import NUM_MEL_BINS, patchify
 from fastsskd.sampler import Sampler
 
 _CROP_STREAM = 100  # random streams from 100 on are ours; below, the masks' (kernels/random.py)
+SAMPLE_RATE = 16000
 _DALI_DEPTH = 2  # batches DALI decodes ahead
 
 
@@ -47,6 +49,16 @@ class StreamSettings:
     waveform: bool
 
 
+@dataclass(frozen=True)
+class _File:
+    """An encoded clip: its bytes, its header, where its crop starts (a share of the possible starts), its segment."""
+
+    data: np.ndarray
+    info: AudioInfo
+    crop: float
+    segment: tuple[float, float]
+
+
 @dataclass
 class _Planned:
     """One batch between the sampler and the queue: its clips, and those found bad so far."""
@@ -54,9 +66,13 @@ class _Planned:
     index: np.ndarray
     seed: np.ndarray
     position: int
-    clips: list[EncodedClip]
-    infos: list[AudioInfo]
+    files: list[_File]
     skipped: dict[str, str]
+
+    def keep(self, good: list[int]) -> None:
+        """Reduce it to the clips at the places ``good``."""
+        self.index, self.seed = self.index[good], self.seed[good]
+        self.files = [self.files[place] for place in good]
 
 
 class Stream:
@@ -127,28 +143,23 @@ class Stream:
 
     def _produce_all(self) -> None:
         decoder = Decoder(
-            self._next_source,
-            max_batch=self._s.sampler.batch_size,
-            num_samples=self._s.num_samples,
-            device=self._s.device,
-            num_threads=self._s.workers,
-            depth=_DALI_DEPTH,
+            self._next_files, max_batch=self._s.sampler.batch_size, num_threads=self._s.workers, depth=_DALI_DEPTH
         )
         while not self._stopped.is_set():
             try:
-                waveforms = decoder.run()
+                decoded = decoder.run()
             except DecodeError:
-                waveforms = None
+                decoded = None
             except StopIteration:
                 self._flush_empty()
                 return
             self._flush_empty()
             planned = self._decoding.popleft()
-            if waveforms is None:
-                waveforms = self._decode_each(decoder, planned)
-            self._finish(planned, *waveforms)
+            if decoded is None:
+                decoded = self._decode_each(decoder, planned)
+            self._deliver(planned, self._cut(planned, decoded))
 
-    def _next_source(self) -> list[EncodedClip]:
+    def _next_files(self) -> list[np.ndarray]:
         """DALI's source: the next batch that has a readable clip, its files read ahead by the pool."""
         while True:
             while len(self._reading) < 1 + _DALI_DEPTH:
@@ -164,83 +175,79 @@ class Stream:
                 raise StopIteration
             planned = self._collect(*self._reading.popleft())
             self._decoding.append(planned)
-            if planned.clips:
-                return planned.clips
+            if planned.files:
+                return [file.data for file in planned.files]
 
-    def _read(self, i: int, crop: float) -> tuple[EncodedClip, AudioInfo] | BadClip:
+    def _read(self, i: int, crop: float) -> _File | BadClip:
         """Read and probe one file (in a pool thread)."""
         try:
             if self._s.manifest.bad(i):
                 raise BadClip(self._s.manifest.bad(i))
             data = np.fromfile(self._s.manifest.path(i), np.uint8)
-            return EncodedClip(data, crop, self._s.manifest.segment(i)), probe(data.data)
+            return _File(data, probe(data.data), crop, self._s.manifest.segment(i))
         except BadClip as bad:
             return bad
         except OSError as error:
             return BadClip(f"cannot be read: {error.strerror or error}")
 
     def _collect(self, index: np.ndarray, seed: np.ndarray, position: int, jobs: list) -> _Planned:
-        results = [job.result() for job in jobs]
-        good = np.array([not isinstance(r, BadClip) for r in results], dtype=bool)
-        skipped = {
-            self._s.manifest.key(i): str(r) for i, r in zip(index, results, strict=True) if isinstance(r, BadClip)
-        }
-        pairs = [r for r in results if not isinstance(r, BadClip)]
-        return _Planned(index[good], seed[good], position, [c for c, _ in pairs], [i for _, i in pairs], skipped)
+        planned = _Planned(index, seed, position, [job.result() for job in jobs], {})
+        self._leave_out(planned, planned.files)
+        return planned
 
-    def _decode_each(self, decoder: Decoder, planned: _Planned) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    def _leave_out(self, planned: _Planned, results: list) -> None:
+        """Drop the clips whose result is a :class:`BadClip`, and note why."""
+        for i, result in zip(planned.index, results, strict=True):
+            if isinstance(result, BadClip):
+                planned.skipped[self._s.manifest.key(i)] = str(result)
+        planned.keep([place for place, result in enumerate(results) if not isinstance(result, BadClip)])
+
+    def _decode_each(self, decoder: Decoder, planned: _Planned) -> list[Decoded]:
         """DALI refused the batch: decode its clips one by one and leave out the one at fault."""
-        parts, good = [], []
-        for place, clip in enumerate(planned.clips):
+        results: list[Decoded | BadClip] = []
+        for file in planned.files:
             try:
-                parts.append(decoder.run_one(clip))
-                good.append(place)
+                results.append(decoder.run_one(file.data))
             except DecodeError as error:
-                planned.skipped[self._s.manifest.key(planned.index[place])] = str(error)
-        _keep(planned, good)
-        if not parts:
-            return torch.empty(0, self._s.num_samples, device=self._s.device), np.empty(0), np.empty(0)
-        return (
-            torch.cat([p[0] for p in parts]),
-            np.concatenate([p[1] for p in parts]),
-            np.concatenate([p[2] for p in parts]),
-        )
+                results.append(BadClip(str(error)))
+        self._leave_out(planned, results)
+        return [result for result in results if isinstance(result, Decoded)]
 
-    def _finish(self, planned: _Planned, waveform: Tensor, lengths: np.ndarray, powers: np.ndarray) -> None:
-        """Check what DALI does not report, compute the features, put the batch in the queue."""
-        good = []
-        for place, (info, length, power) in enumerate(zip(planned.infos, lengths, powers, strict=True)):
-            try:
-                check_decoded_length(int(length), info, SAMPLE_RATE)
-                if not power <= MAX_AMPLITUDE**2:  # also when it is NaN
-                    raise BadClip("holds NaN, infinite or absurdly large samples")
-                good.append(place)
-            except BadClip as bad:
-                planned.skipped[self._s.manifest.key(planned.index[place])] = str(bad)
-        if len(good) < len(lengths):
-            _keep(planned, good)
-            waveform = waveform[torch.tensor(good, dtype=torch.int64, device=waveform.device)]
-        self._deliver(planned, waveform)
+    def _cut(self, planned: _Planned, decoded: list[Decoded]) -> Tensor:
+        """Check what DALI does not report; resample each clip's crop into its row of the batch.
+
+        Returns:
+            ``(B, S)`` float32 waveforms at 16 kHz, on the CPU; pinned if they have to go to a GPU.
+        """
+        rows = torch.empty(len(decoded), self._s.num_samples, pin_memory=self._s.device.type == "cuda")
+        jobs = [
+            self._pool.submit(_cut_one, file, clip, row.numpy())
+            for file, clip, row in zip(planned.files, decoded, rows, strict=True)
+        ]
+        results = [job.result() for job in jobs]
+        good = [place for place, result in enumerate(results) if result is None]
+        self._leave_out(planned, results)
+        return rows if len(good) == len(rows) else rows[good]
 
     def _flush_empty(self) -> None:
         """Deliver the batches at the head of the line that never went into DALI: no clip of theirs was readable."""
-        while self._decoding and not self._decoding[0].clips:
-            planned = self._decoding.popleft()
-            self._deliver(planned, torch.empty(0, self._s.num_samples, device=self._s.device))
+        while self._decoding and not self._decoding[0].files:
+            self._deliver(self._decoding.popleft(), torch.empty(0, self._s.num_samples))
 
     def _deliver(self, planned: _Planned, waveform: Tensor) -> None:
+        device = self._s.device
+        waveform = waveform.to(device, non_blocking=True)
         fbank, hog = self._features(waveform)
-        label = torch.from_numpy(self._s.manifest.label_of(planned.index)).to(self._s.device)
         batch = Batch(
             fbank,
             hog,
-            label,
+            torch.from_numpy(self._s.manifest.label_of(planned.index)).to(device),
             [self._s.manifest.key(i) for i in planned.index],
             torch.from_numpy(planned.index.astype(np.int64)),
-            torch.from_numpy(planned.seed).to(self._s.device),
+            torch.from_numpy(planned.seed).to(device),
             waveform if self._s.waveform else None,
         )
-        ready = torch.cuda.current_stream(self._s.device).record_event() if self._s.device.type == "cuda" else None
+        ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
         self._put((batch, planned.position, planned.skipped, ready))
 
     def _features(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
@@ -264,8 +271,17 @@ class Stream:
                 continue
 
 
-def _keep(planned: _Planned, good: list[int]) -> None:
-    """Reduce a planned batch to the clips at the places ``good``."""
-    planned.index, planned.seed = planned.index[good], planned.seed[good]
-    planned.clips = [planned.clips[place] for place in good]
-    planned.infos = [planned.infos[place] for place in good]
+def _cut_one(file: _File, clip: Decoded, out: np.ndarray) -> BadClip | None:
+    """Write the clip's crop or loop at 16 kHz to ``out``, or say what is wrong with the clip (in a pool thread)."""
+    try:
+        check_decoded(clip.samples, file.info, clip.rate)
+    except BadClip as bad:
+        return bad
+    samples, (start, end) = clip.samples, file.segment
+    if end > 0:
+        samples = samples[round(start * clip.rate) : round(end * clip.rate)]
+        if not len(samples):
+            return BadClip(f"is over before its segment begins, at {start:g} s")
+    table, up, down = kernels.resample_table(clip.rate, SAMPLE_RATE)
+    kernels.resample_into(out, samples, table, up, down, file.crop)
+    return None

@@ -12,6 +12,7 @@ from fastsskd_kernels.hog import hog, hog_patch_mean
 from fastsskd_kernels.kaldi import num_frames
 from fastsskd_kernels.masks import inter_patch_mask, intra_patch_mask, patch_weight
 from fastsskd_kernels.random import derive_seed, derive_seeds, uniform
+from fastsskd_kernels.resample import resample_crop_or_loop, resample_into, resample_table, resampled_length
 
 __all__ = [
     "crop_or_loop",
@@ -28,6 +29,10 @@ __all__ = [
     "pad_frames",
     "padded_frames",
     "patch_weight",
+    "resample_crop_or_loop",
+    "resample_into",
+    "resample_table",
+    "resampled_length",
     "resolve_backend",
     "uniform",
 ]

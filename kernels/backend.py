@@ -8,7 +8,7 @@ BACKENDS = ("auto", "torch", "numba")
 def resolve_backend(backend: str, tensor: torch.Tensor) -> str:
     """Name the implementation that a call with this tensor uses.
 
-    ``torch`` runs on every device and is the truth. ``numba`` is the fast path for CPU tensors that need no gradient.
+    ``torch`` runs on every device and is the truth. ``numba`` is the fast path for CPU tensors.
 
     Args:
         backend: ``"auto"`` (numba on CPU, torch elsewhere), ``"torch"`` or ``"numba"``.
@@ -22,10 +22,9 @@ def resolve_backend(backend: str, tensor: torch.Tensor) -> str:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
-    fits = tensor.device.type == "cpu" and not tensor.requires_grad
+    fits = tensor.device.type == "cpu"
     if backend == "numba" and not fits:
-        state = "one that requires grad" if tensor.requires_grad else f"one on {tensor.device}"
-        raise ValueError(f"backend='numba' takes CPU tensors without gradient, got {state}; use backend='torch'")
+        raise ValueError(f"backend='numba' takes CPU tensors, got one on {tensor.device}; use backend='torch'")
     if backend == "auto":
         return "numba" if fits else "torch"
     return backend

@@ -56,6 +56,8 @@ def check_waveform(waveform: torch.Tensor, sample_rate: int, num_mel_bins: int, 
         raise ValueError(
             f"waveform: expected float32 or int16 (B >= 1, S), got {waveform.dtype} {tuple(waveform.shape)}"
         )
+    if waveform.requires_grad:
+        raise ValueError("waveform: no gradient passes through the features; pass waveform.detach()")
     if window not in WINDOWS:
         raise ValueError(f"window={window!r}: expected one of {', '.join(WINDOWS)}")
     if sample_rate < 1000 or num_mel_bins < 1:
@@ -77,7 +79,11 @@ def numpy_waveform(waveform: torch.Tensor) -> tuple[np.ndarray, np.float32]:
 
 
 def fbank_torch(waveform: torch.Tensor, sample_rate: int, num_mel_bins: int, window: str) -> torch.Tensor:
-    """The truth for ``fbank``: one torch operation per step, no host synchronisation."""
+    """The truth for ``fbank``, without host synchronisation.
+
+    On a GPU each line costs the memory that it reads and writes. Hence the results written in place or straight into
+    the next buffer, here and below.
+    """
     if waveform.dtype == torch.int16:
         waveform = waveform * INT16_SCALE
     length, shift, padded = frame_samples(sample_rate)
@@ -87,11 +93,15 @@ def fbank_torch(waveform: torch.Tensor, sample_rate: int, num_mel_bins: int, win
     frames = waveform.unfold(1, length, shift)
     frames = frames - frames.mean(-1, keepdim=True)
     # Window times (x[n] - 0.97 x[n-1]). The first sample has nothing before it, and a window that is zero there.
-    emphasised = frames * taper
-    emphasised[..., 1:].addcmul_(frames[..., :-1], taper[1:], value=-PREEMPHASIS)
-    power = torch.fft.rfft(emphasised, n=padded).abs().square_()
-    # float64 is out of reach of autocast and of TF32, which would cost three digits. Kaldi's banks end below Nyquist.
-    mel = power[..., :-1].double() @ banks.double().T
+    tapered = frames.new_empty(*frames.shape[:2], padded)
+    tapered[..., 0] = frames[..., 0]
+    torch.sub(frames[..., 1:], frames[..., :-1], alpha=PREEMPHASIS, out=tapered[..., 1:length])
+    tapered[..., :length].mul_(taper)
+    tapered[..., length:] = 0.0
+    # Kaldi's triangles end below Nyquist. float64 is out of reach of autocast and TF32, which would cost three digits.
+    magnitude = torch.fft.rfft(tapered)[..., :-1].abs()
+    power = torch.mul(magnitude, magnitude, out=torch.empty_like(magnitude, dtype=torch.float64))
+    mel = power @ banks.double().T
     return mel.float().clamp_(min=LOG_FLOOR).log_()
 
 

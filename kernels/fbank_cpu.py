@@ -1,11 +1,11 @@
-"""The numba path of ``fbank``: sixteen frames at a time, one per SIMD lane.
+"""The numba path of ``fbank``: a block of frames at a time, one per SIMD lane.
 
 A block of LANES frames goes through every step while it sits in the L1 cache: row n of the work buffer holds sample n
 of all its frames, so each step is the scalar algorithm with a vector in place of a number (see ``simd``), and neither
 the FFT nor the mel filters ever shuffle lanes. What makes it short:
 
 - Reading: with the waveform cut into columns of one frame shift, sample n of neighbouring frames is neighbouring in
-  memory: one transpose of a small tile serves all overlapping frames.
+  memory: one transposition of a small tile, in registers, serves all overlapping frames.
 - Real FFT: N real samples are N/2 complex ones (even samples real, odd imaginary); one butterfly pass at the end turns
   that spectrum into the power of bins k and N/2 - k.
 - FFT: radix 4, in place, decimation in frequency. Its output order is never undone; the last pass looks places up.
@@ -49,7 +49,7 @@ class Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def make_plan(sample_rate: int, num_mel_bins: int, window: str) -> Plan:
-    """Tables for ``fbank_block``, from the same constants that the reference uses."""
+    """Tables for ``fbank_clip``, from the same constants that the reference uses."""
     length, shift, padded = frame_samples(sample_rate)
     half = padded // 2
     place = np.argsort(_output_order(half))
@@ -96,30 +96,30 @@ def fbank_clip(waveform, scale, frames, plan, out):
     tile = np.empty((shift, LANES + (length - 1) // shift), np.float32)
     mel = np.empty((out.shape[1], LANES), np.float32)
     for start in range(0, frames, LANES):
-        read_tile(waveform, start * shift, tile)
+        read_tile(waveform[start * shift :], tile)
         window_frames(tile, plan.window, scale, work)
         complex_fft(work, plan.root)
         power_spectrum(work, plan.half_root, plan.place)
         mel_filters(work, plan.mel_start, plan.mel_row, plan.mel_weight, mel)
         log_inplace(mel.reshape(-1))
-        copy_transposed(mel.reshape(-1), 0, LANES, out.shape[1], out[start : min(start + LANES, frames)])
+        copy_transposed(mel.reshape(-1), mel.shape[1], mel.shape[0], out[start : min(start + LANES, frames)])
 
 
 @inlined
-def read_tile(waveform, start, tile):
-    """tile[p, j] = waveform[start + j * shift + p]: sample p of column j; zero beyond the end."""
+def read_tile(waveform, tile):
+    """tile[p, j] = waveform[j * shift + p]: sample p of column j; zero beyond the end."""
     shift, columns = tile.shape
-    whole = min(columns, (waveform.size - start) // shift)
-    copy_transposed(waveform, start, shift, whole, tile)
+    whole = min(columns, waveform.size // shift)
+    copy_transposed(waveform, shift, whole, tile)
     for j in range(whole, columns):
-        begin = start + j * shift
         for p in range(shift):
-            tile[p, j] = np.float32(waveform[begin + p]) if begin + p < waveform.size else ZERO
+            n = j * shift + p
+            tile[p, j] = np.float32(waveform[n]) if n < waveform.size else ZERO
 
 
 @njit
-def copy_transposed(source, first, stride, columns, target):
-    """target[i, j] = source[first + j * stride + i] for every row i of target and its first columns j.
+def copy_transposed(source, stride, columns, target):
+    """target[i, j] = source[j * stride + i] for every row i of target and its first columns j.
 
     Squares of LANES x LANES in registers, what is left at the edges number by number.
     """
@@ -127,10 +127,10 @@ def copy_transposed(source, first, stride, columns, target):
     inner_rows, inner_columns = rows - rows % LANES, columns - columns % LANES
     for j in range(0, inner_columns, LANES):
         for i in range(0, inner_rows, LANES):
-            transpose(source, first + j * stride + i, stride, target, i, j)
+            transpose(source, j * stride + i, stride, target, i, j)
     for j in range(columns):
         for i in range(inner_rows if j < inner_columns else 0, rows):
-            target[i, j] = source[first + j * stride + i]
+            target[i, j] = source[j * stride + i]
 
 
 @njit

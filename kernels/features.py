@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from fastsskd_kernels.backend import resolve_backend
-from fastsskd_kernels.compile import inlined, njit
+from fastsskd_kernels.compile import njit
 from fastsskd_kernels.fbank import check_waveform, fbank_torch, numpy_waveform
 from fastsskd_kernels.fbank_cpu import fbank_clip, make_plan
 from fastsskd_kernels.hog import hog_patch_mean_torch
@@ -106,7 +106,8 @@ def features(
     else:
         spectrogram = fbank_torch(waveform, sample_rate, num_mel_bins, window)
         hog.copy_(hog_patch_mean_torch(pad_frames(spectrogram, num_frames, "repeat"), patch))
-        torch.sub(pad_frames(spectrogram, num_frames, "zero"), mean, out=fbank).mul_(factor)
+        fbank[:, :frames] = spectrogram.sub_(mean).mul_(factor)
+        fbank[:, frames:] = -mean * factor  # zero before normalisation
     return fbank, hog
 
 
@@ -136,12 +137,13 @@ def features_batch(waveform, scale, frames, plan, norm, patch, fbank, hog):
     for b in range(fbank.shape[0]):
         fbank_clip(waveform[b], scale, frames, plan, fbank[b])
         patch_mean_clip(fbank[b], frames, patch, hog[b])
-        fbank[b, frames:] = np.float32(0.0)
-        normalise(fbank[b].reshape(-1), norm)
+        normalise(fbank[b], frames, norm)
 
 
-@inlined
-def normalise(x, norm):
-    """x = (x - mean) * factor, where norm = (mean, factor)."""
-    for i in range(x.size):
-        x[i] = (x[i] - norm[0]) * norm[1]
+@njit
+def normalise(fbank, frames, norm):
+    """(fbank - mean) * factor, where norm = (mean, factor); frames beyond the clip's are zero before that."""
+    mean, factor = norm
+    for t in range(fbank.shape[0]):
+        for f in range(fbank.shape[1]):
+            fbank[t, f] = ((fbank[t, f] if t < frames else np.float32(0.0)) - mean) * factor

@@ -73,6 +73,8 @@ def hog_patch_mean(fbank: torch.Tensor, *, patch: int = 16, backend: str = "auto
 def _check(fbank: torch.Tensor, cell: int) -> None:
     if fbank.ndim != 3 or fbank.dtype != torch.float32:
         raise ValueError(f"fbank: expected float32 (B, T, F), got {fbank.dtype} {tuple(fbank.shape)}")
+    if fbank.requires_grad:
+        raise ValueError("fbank: no gradient passes through its gradients; pass fbank.detach()")
     if fbank.shape[1] < 1:
         raise ValueError("fbank: expected at least one frame, got none")
     if cell < 1 or fbank.shape[2] < 1 or fbank.shape[2] % cell:
@@ -126,10 +128,11 @@ def _repeat_to_multiple(fbank: torch.Tensor, cell: int) -> torch.Tensor:
 
 def _gradients(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Central differences along time and along frequency, each zero at its own border."""
-    along_time = torch.zeros_like(image)
-    along_freq = torch.zeros_like(image)
+    along_time, along_freq = torch.empty_like(image), torch.empty_like(image)
     torch.sub(image[:, 2:], image[:, :-2], out=along_time[:, 1:-1])
     torch.sub(image[:, :, 2:], image[:, :, :-2], out=along_freq[:, :, 1:-1])
+    along_time[:, :1] = along_time[:, -1:] = 0.0
+    along_freq[:, :, :1] = along_freq[:, :, -1:] = 0.0
     return along_time, along_freq
 
 

@@ -74,7 +74,7 @@ def test_kernels_know_arrays_and_nothing_of_the_trainer(path):
     tops = {name.split(".")[0] for name in imported(path)}
     foreign = tops - set(sys.stdlib_module_names) - {"numpy", "torch", "numba", "llvmlite", "fastsskd_kernels"}
     assert not foreign
-    assert not tops & {"logging", "random", "os", "json"}
+    assert not tops & {"logging", "random", "json"}
 
 
 @pytest.mark.parametrize("module", PACKAGE)

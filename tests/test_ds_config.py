@@ -85,6 +85,19 @@ def test_a_section_that_is_no_object_is_refused(tmp_path, key):
     assert f"'{key}' must be an object" in refusal(tmp_path, {key: True})
 
 
+@pytest.mark.parametrize("value", ["x", -1.0, None, True, float("nan")])
+def test_clipping_is_a_number_from_zero_on(tmp_path, value):
+    assert "gradient_clipping must be a number" in refusal(tmp_path, {"gradient_clipping": value})
+    ds_config.load(write(tmp_path, {"gradient_clipping": 1}))
+
+
+@pytest.mark.parametrize("key", ["fp16", "bf16"])
+@pytest.mark.parametrize("value", ["false", 1, None])
+def test_a_precision_is_on_or_off(tmp_path, key, value):
+    """DeepSpeed reads the word "false" as off, where a check of our own would take it for on."""
+    assert f"{key}.enabled must be true or false" in refusal(tmp_path, {key: {"enabled": value}})
+
+
 @pytest.mark.parametrize("text", ["", "{", "{'a': 1}", "[1", "\x00"])
 def test_a_file_that_is_no_json_is_refused(tmp_path, text):
     assert "not valid JSON" in refusal(tmp_path, text)

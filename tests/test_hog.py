@@ -148,6 +148,7 @@ def test_a_bad_pixel_spoils_the_cells_that_see_it(bad, backend):
         (torch.zeros(64, 64), {}, r"float32 \(B, T, F\)"),
         (torch.zeros(1, 0, 64), {}, "at least one frame"),
         (torch.zeros(1, 64, 60), {}, "60 mel bins are not a multiple of the 16-pixel"),
+        (torch.zeros(1, 64, 64).requires_grad_(), {}, "no gradient passes"),
         (torch.zeros(1, 64, 64), {"backend": "gpu"}, "backend='gpu'"),
         (torch.zeros(1, 64, 64, device="meta"), {"backend": "numba"}, "backend='numba' takes CPU tensors"),
     ],

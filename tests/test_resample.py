@@ -1,0 +1,72 @@
+"""Resampling: no alias, no lost band, and a crop that is the crop of the whole."""
+
+import numpy as np
+import pytest
+import scipy.signal
+
+import fastsskd_kernels as kernels
+
+RATES = [8000, 11025, 16000, 22050, 32000, 44100, 48000, 96000]
+
+
+def tone(pitch, rate, seconds=1.0):
+    return np.sin(2 * np.pi * pitch * np.arange(round(rate * seconds)) / rate).astype(np.float32)
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("pitch", [100, 1000, 3000, 6900])
+def test_a_tone_in_the_band_keeps_level_pitch_and_phase(rate, pitch):
+    if pitch > 0.87 * rate / 2:
+        pytest.skip("above the file's own band")
+    out = kernels.resample_crop_or_loop(tone(pitch, rate), rate, 16000)
+    np.testing.assert_allclose(out[300:-300], tone(pitch, 16000)[300:-300], atol=2e-3)
+
+
+@pytest.mark.parametrize("rate", [rate for rate in RATES if rate > 16000])
+@pytest.mark.parametrize("pitch", [8100, 9000, 10000, 12000, 15000, 20000, 40000])
+def test_a_tone_above_the_new_nyquist_frequency_is_gone(rate, pitch):
+    if pitch >= rate / 2:
+        pytest.skip("cannot be in the file")
+    out = kernels.resample_crop_or_loop(tone(pitch, rate), rate, 16000)
+    assert np.abs(out[300:-300]).max() < 1e-3  # 60 dB down
+
+
+@pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000])
+def test_same_as_scipys_polyphase_filter(rate):
+    """The same windowed sinc through an independent implementation."""
+    samples = np.random.default_rng(rate).standard_normal(rate // 4).astype(np.float32)
+    table, up, down = kernels.resample_table(rate)
+    taps = table.shape[1] // 2
+    prototype = np.zeros((2 * taps + 1) * up)  # row r, tap j is the filter at (r / up - j) input samples
+    for row in range(up):
+        for place, j in enumerate(range(-taps, taps + 1)):
+            prototype[(row - j * up) + taps * up] = table[row, place]
+    full = scipy.signal.upfirdn(prototype, samples.astype(np.float64), up, 1)[taps * up :: down]
+    expected = full[: kernels.resampled_length(len(samples), up, down)]
+    np.testing.assert_allclose(kernels.resample_crop_or_loop(samples, rate, len(expected)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 44100, 44056])
+@pytest.mark.parametrize("position", [0.0, 0.4, 0.9999])
+def test_a_crop_is_the_crop_of_the_whole_clip(rate, position):
+    samples = np.random.default_rng(1).standard_normal(rate).astype(np.float32)
+    _, up, down = kernels.resample_table(rate)
+    length = kernels.resampled_length(rate, up, down)
+    whole = kernels.resample_crop_or_loop(samples, rate, length)
+    for num_samples in (1, 4000, length, length + 1, 3 * length + 17):
+        start = kernels.crop_start(position, length, num_samples)
+        expected = kernels.crop_or_loop(whole, num_samples, start)
+        out = kernels.resample_crop_or_loop(samples, rate, num_samples, position)
+        np.testing.assert_array_equal(out, expected)
+
+
+def test_rates_without_a_small_ratio():
+    out = kernels.resample_crop_or_loop(tone(1000, 44101), 44101, 16000)
+    np.testing.assert_allclose(out[300:-300], tone(1000, 16000)[300:-300], atol=2e-3)
+    assert len(kernels.resample_table(44101)[0]) == 2048
+
+
+def test_very_short_and_empty_clips():
+    assert np.isfinite(kernels.resample_crop_or_loop(np.ones(1, np.float32), 44100, 100)).all()
+    with pytest.raises(ValueError, match="waveform"):
+        kernels.resample_crop_or_loop(np.empty(0, np.float32), 44100, 100)
