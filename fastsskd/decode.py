@@ -1,7 +1,7 @@
 """Encoded audio -> mono waveforms at the file's own rate, in DALI. The only file that imports ``nvidia.dali``.
 
 The pipeline decodes and downmixes, in DALI's threads and ahead of the caller. It is the same with and without a GPU:
-DALI's audio decoder runs on the CPU only. The rest is not left to DALI, because features would not be those the teachers
+DALI's audio decoder runs on the CPU only. The rest is not left to DALI: features would not be those the teachers
 were trained on: its resampler (2.4.0) folds everything above the new Nyquist frequency back into the clip, its mel
 filters are not Kaldi's, and it has no per-frame DC removal. ``fastsskd_kernels`` does these (see ``stream.py``).
 """

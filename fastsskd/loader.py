@@ -9,7 +9,6 @@ its place. The work is done by a producer thread (``stream.py``) that keeps ``pr
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastsskd import config, layouts, manifest
+from fastsskd import config, distributed, layouts, manifest
 from fastsskd.batch import Batch
 from fastsskd.errors import InputError
 from fastsskd.model import num_input_frames
@@ -184,9 +183,8 @@ def open_manifest(source: Any) -> manifest.Manifest:
 
 
 def default_workers() -> int:
-    """This rank's share of the cores it may run on."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """This rank's share of the cores of its machine."""
+    return distributed.cores_per_rank()
 
 
 def _device(device: torch.device | str) -> torch.device:

@@ -78,6 +78,7 @@ class Recipe:
             "teacher": done.get("teacher"),
             "ensemble": ensemble,
             "metrics": iterations[-1]["metrics"],
+            "num_clips": len(self.data.train) + len(self.data.evaluation),
             "num_train": len(self.data.train),
             "num_eval": len(self.data.evaluation),
             "skipped": self.skipped,

@@ -29,8 +29,8 @@ FLOORS = (
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 
-MAX_FUNCTION_LINES, MAX_FILE_LINES = 60, 380
-"""A ratchet a little above today's longest; we aim at 40 and 300. Lower them when you can."""
+MAX_FUNCTION_LINES, MAX_FILE_LINES = 56, 380
+"""A ratchet at about today's longest, docstrings not counted; we aim at 40 and 300. Lower them when you can."""
 
 
 def imported(path: Path) -> set[str]:
@@ -116,17 +116,21 @@ def test_every_module_can_be_imported_without_a_gpu(module):
     importlib.import_module(f"fastsskd.{module}" if module != "__init__" else "fastsskd")
 
 
+def code_lines(function: ast.AST) -> int:
+    """Lines of a function without its docstring."""
+    first = function.body[0]
+    documented = ast.get_docstring(function) is not None
+    return function.end_lineno - function.lineno + 1 - (first.end_lineno - first.lineno + 1 if documented else 0)
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_and_functions_stay_short(path):
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= MAX_FILE_LINES
-    long = [
-        f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-        and node.end_lineno - node.lineno + 1 > MAX_FUNCTION_LINES
+    functions = [
+        node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
     ]
-    assert long == []
+    assert [f"{f.name}: {code_lines(f)} lines" for f in functions if code_lines(f) > MAX_FUNCTION_LINES] == []
 
 
 def test_the_launch_script_is_thin():
