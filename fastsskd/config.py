@@ -81,7 +81,7 @@ class MaskConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     size: str = _option("base", "preset; base has 92 M parameters", choices=SIZES)
-    init: str = _option("", "checkpoint to start iteration 1 from: a file or folder of ours; empty = random")
+    init: str = _option("", "start iteration 1 from a checkpoint of ours or a timm ViT's file; empty = random")
     drop_path: float = _option(
         0.0, "stochastic depth rate of the last block while training with labels", low=0.0, high=0.9
     )

@@ -6,6 +6,7 @@ TOML; having them here too would give one quantity two owners, so they are refus
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,4 +199,24 @@ def resolve(tree: dict[str, Any], world_size: int, tensorboard_dir: Path) -> dic
         resolved["zero_optimization"] = {"memory_efficient_linear": False, **tree["zero_optimization"]}
     if tree.get("tensorboard", {}).get("enabled", False):
         resolved["tensorboard"] = {"output_path": str(tensorboard_dir), "job_name": "", **tree["tensorboard"]}
+    _check_deeply(resolved)
     return resolved
+
+
+def _check_deeply(resolved: dict[str, Any]) -> None:
+    """Let DeepSpeed read its sections now: it knows their keys, and refuses them one line too late and too long."""
+    import deepspeed
+    from pydantic import ValidationError
+
+    try:
+        # A copy: DeepSpeed moves settings about while it reads them. The batch sizes were resolved for all ranks.
+        sections = {
+            key: value for key, value in resolved.items() if not key.endswith(("batch_size", "per_gpu", "steps"))
+        }
+        deepspeed.DeepSpeedConfig(copy.deepcopy({**sections, "train_micro_batch_size_per_gpu": 1}))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise UsageError(f"ds_config: {error.title}: '{where}': {problem['msg']}; correct or remove it") from None
+    except (AssertionError, ValueError, deepspeed.runtime.config.DeepSpeedConfigError) as error:
+        raise UsageError(f"ds_config: {str(error).strip().splitlines()[0]}") from None

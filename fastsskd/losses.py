@@ -19,7 +19,7 @@ def restore(pred: Tensor, target: Tensor, weight: Tensor | None = None, mask: Te
     Args:
         pred, target: ``(B, N, P)`` pixels of the patches.
         weight: ``(B, N)`` HOG weights, or None for the plain squared error (Tables 1 and 4).
-        mask: ``(B, N, P)`` bool: average over the masked pixels only (option; the paper averages over all).
+        mask: ``(B, N, P)`` bool: average over each clip's masked pixels only (option; the paper averages over all).
     """
     error = (pred.float() - target.float()).square()
     if weight is not None:
@@ -27,7 +27,8 @@ def restore(pred: Tensor, target: Tensor, weight: Tensor | None = None, mask: Te
     if mask is None:
         return error.mean()
     mask = mask.to(error.dtype)
-    return (error * mask).sum() / mask.sum().clamp(min=1.0)
+    # Clip by clip, so that the mean over a global batch does not depend on which rank holds which clip.
+    return ((error * mask).sum(dim=(1, 2)) / mask.sum(dim=(1, 2)).clamp(min=1.0)).mean()
 
 
 def feature_mse(pred: Tensor, raw: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from fastsskd.distill import Distill
 from fastsskd.engine import Log, StagePlan, StopFlag, train_stage
 from fastsskd.errors import InputError
 from fastsskd.evaluate import evaluation_loader, score, summarise
+from fastsskd.imagenet import initialise_from_image_model
 from fastsskd.loader import Loader
 from fastsskd.manifest import Manifest
 from fastsskd.model import ACM, build_model
@@ -176,7 +177,10 @@ class Recipe:
         )
         source = self.folder.model(stage.start) if stage.start else options.init
         if source:
-            report = weights.initialise_from(model, source)
+            if weights.is_model_file(source):
+                report = weights.initialise_from(model, source, self.data.train.classes)
+            else:
+                report = initialise_from_image_model(model, weights.model_file(source))
             self.folder.say(
                 f"{stage.name}: starts from {source}: " + ", ".join(f"{len(v)} {k}" for k, v in report.items())
             )
@@ -242,7 +246,8 @@ class Recipe:
         from fastsskd.figures import views_figure
 
         model, info = weights.load_model(self.folder.model(stage.name))
-        clips = self.data.evaluation.select(np.arange(min(8, len(self.data.evaluation))))
+        spread = np.unique(np.linspace(0, len(self.data.evaluation) - 1, 8).astype(np.int64))
+        clips = self.data.evaluation.select(spread)
         loader = Loader(clips, batch_size=8, seconds=info.seconds, mean=info.mean, std=info.std)
         for batch in loader:
             if len(batch):

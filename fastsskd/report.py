@@ -19,36 +19,41 @@ def show(path: Path, result: dict[str, Any]) -> str:
 
 
 def table(path: Path, result: dict[str, Any]) -> str:
-    """One row a stage: last epoch's losses, metrics on the evaluation set, speed, share of time waiting for data."""
-    rows = [("stage", "loss terms (mean of the last epoch)", "accuracy", "mAP", "clips/s", "wait %")]
+    """One row a stage: loss, metrics on the evaluation set, speed, share of time waiting; then each stage's terms."""
     named = [("teacher", result["teacher"])] if result["teacher"] else []
     for iteration in result["iterations"]:
-        named += [
-            (f"iter{iteration['iteration']}-{kind}", iteration[kind])
-            for kind in ("ssl", "distill")
-            if kind in iteration
-        ]
+        kinds = [kind for kind in ("ssl", "distill") if kind in iteration]
+        named += [(f"iter{iteration['iteration']}-{kind}", iteration[kind]) for kind in kinds]
+    rows = [("stage", "loss", "accuracy", "mAP", "clips/s", "wait %")]
     for name, stage in named:
-        rows.append((name, _losses(stage.get("losses", {})), *_scores(stage["metrics"]), *_speed(stage)))
+        loss = stage.get("losses", {}).get("loss")
+        rows.append((name, "" if loss is None else f"{loss:.3f}", *_scores(stage["metrics"]), *_speed(stage)))
     if result["ensemble"]:
         rows.append(("ensemble", "", *_scores(result["ensemble"]), "", ""))
+    text = _aligned(rows)
+    terms = [(name, _terms(stage.get("losses", {}))) for name, stage in named]
+    text += ["", "Terms of the loss, mean of the last epoch:", *_aligned(terms), ""]
+    counts = f"{result['num_train']} training clips, {result['num_eval']} for evaluation"
+    text.append(f"{counts}{_chance(result['metrics'])}; see {path}/result.json")
+    return "\n".join(text + _skipped(path, result["skipped"]))
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    text.insert(1, "-" * sum(widths, 2 * len(widths) - 2))
-    chance = _chance(result["metrics"])
-    text.append(
-        f"{result['num_train']} training clips, {result['num_eval']} for evaluation{chance}; see {path}/result.json"
-    )
-    if result["skipped"]:
-        text.append(f"{len(result['skipped'])} clip(s) could not be used and were left out:")
-        text += [f"  {key}: {reason}" for key, reason in list(result["skipped"].items())[:20]]
-        if len(result["skipped"]) > 20:
-            text.append(f"  ... all of them in {path}/result.json")
-    return "\n".join(text)
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _losses(losses: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
+def _skipped(path: Path, skipped: dict[str, str]) -> list[str]:
+    """Every clip that was left out, with its reason; the first 20 of many."""
+    if not skipped:
+        return []
+    text = [f"{len(skipped)} clip(s) could not be used and were left out:"]
+    text += [f"  {key}: {reason}" for key, reason in list(skipped.items())[:20]]
+    return text if len(skipped) <= 20 else [*text, f"  ... all of them in {path}/result.json"]
+
+
+def _terms(losses: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.3f}" for name, value in losses.items() if name != "loss")
 
 
 def _scores(metrics: dict[str, Any] | None) -> tuple[str, str]:

@@ -87,6 +87,15 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[AC
     return model.to(device).eval(), info
 
 
+def is_model_file(path: str | Path) -> bool:
+    """Whether the file (or the model file in the folder) at ``path`` carries a description of ours."""
+    try:
+        with safe_open(model_file(path), framework="pt") as opened:
+            return "fastsskd" in (opened.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def read_model_file(file: Path) -> tuple[dict[str, Tensor], ModelInfo]:
     """The weights and the description in a model file."""
     try:
@@ -120,10 +129,11 @@ def _read_info(file: Path, text: str) -> ModelInfo:
     return ModelInfo(**{**about, "classes": tuple(about["classes"])})
 
 
-def initialise_from(model: ACM, path: str | Path) -> dict[str, list[str]]:
+def initialise_from(model: ACM, path: str | Path, classes: tuple[str, ...] | None = None) -> dict[str, list[str]]:
     """Load starting weights into ``model`` from a model file, whatever its clip length and classes.
 
-    The position grid is interpolated when the clip length differs; the class head is left fresh when its size does.
+    The position grid is interpolated when the clip length differs; the class head is left fresh when the file's classes
+    are not ``classes`` (None: when their number differs).
 
     Returns:
         The keys by what happened to them: ``loaded``, ``resized``, ``ignored`` (in the file only, or of another
@@ -137,8 +147,11 @@ def initialise_from(model: ACM, path: str | Path) -> dict[str, list[str]]:
     own = model.state_dict()
     report: dict[str, list[str]] = {"loaded": [], "resized": [], "ignored": [], "missing": []}
     take = {}
+    other_classes = classes is not None and tuple(classes) != tuple(info.classes)
     for name, value in state.items():
-        if name == "pos_embed" and own[name].shape != value.shape and own[name].shape[2] == value.shape[2]:
+        if name.startswith("head.") and other_classes:
+            report["ignored"].append(name)
+        elif name == "pos_embed" and own[name].shape != value.shape and own[name].shape[2] == value.shape[2]:
             take[name] = resize_positions(value, model.grid_size)
             report["resized"].append(name)
         elif name in own and own[name].shape == value.shape:

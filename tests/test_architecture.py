@@ -23,7 +23,7 @@ FLOORS = (
     "errors batch distributed audio_info audio_chunks audio_flac audio_ogg audio_file sound_synthesis",
     "config ds_config clip_table clip_columns files_present split manifest listed_layouts layouts sound_events",
     "model losses metrics augment decode sampler stream loader datasets shards schedule stages",
-    "views weights",
+    "views weights imagenet",
     "pretrain distill teachers",
     "engine checkpoint evaluate predict check figures progress run_folder report recipe",
 )

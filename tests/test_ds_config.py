@@ -232,3 +232,12 @@ def test_tensorboard_writes_into_the_run_s_folder_unless_told(tmp_path):
     told = {TOTAL: 8, "tensorboard": {"enabled": True, "output_path": "elsewhere"}}
     assert ds_config.resolve(told, 1, tmp_path)["tensorboard"]["output_path"] == "elsewhere"
     assert "tensorboard" not in ds_config.resolve({TOTAL: 8}, 1, tmp_path)
+
+
+def test_deepspeeds_own_refusals_are_one_line(tmp_path):
+    pytest.importorskip("deepspeed")
+    tree = {"train_batch_size": 8, "zero_optimization": {"stage": 1, "stag": 1}}
+    with pytest.raises(UsageError) as error:
+        ds_config.resolve(tree, 1, tmp_path)
+    assert "stag" in str(error.value) and "\n" not in str(error.value)
+    ds_config.resolve({"train_batch_size": 8, "zero_optimization": {"stage": 1}}, 2, tmp_path)

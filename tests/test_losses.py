@@ -31,13 +31,16 @@ def naive_weight(x: list[float]) -> list[float]:
 
 
 def naive_restore(pred, target, weight=None, mask=None) -> float:
-    total, count = 0.0, 0
-    for b, n, p in np.ndindex(*pred.shape):
-        if mask is None or mask[b, n, p]:
-            factor = 1.0 if weight is None else float(weight[b, n])
-            total += factor * (float(pred[b, n, p]) - float(target[b, n, p])) ** 2
-            count += 1
-    return total / count
+    clips = []
+    for b in range(len(pred)):
+        total, count = 0.0, 0
+        for n, p in np.ndindex(*pred.shape[1:]):
+            if mask is None or mask[b, n, p]:
+                factor = 1.0 if weight is None else float(weight[b, n])
+                total += factor * (float(pred[b, n, p]) - float(target[b, n, p])) ** 2
+                count += 1
+        clips.append(total / count)
+    return sum(clips) / len(clips)
 
 
 def naive_softmax(row) -> list[float]:
