@@ -11,20 +11,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from fastsskd import __version__, distributed
 from fastsskd.errors import InputError
 
-MANIFEST = "manifest.json"
+MANIFEST, EXTRA = "manifest.json", "extra.safetensors"
 _CHUNK = 1 << 22
 
 
@@ -48,13 +50,16 @@ class Progress:
     world_size: int
     zero_stage: int
     precision: str
+    note: dict[str, Any] = field(default_factory=dict)
 
 
-def save(engine: Any, folder: Path, progress: Progress, keep: int) -> Path:
+def save(
+    engine: Any, folder: Path, progress: Progress, keep: int, extra: dict[str, torch.Tensor] | None = None
+) -> Path:
     """Save the engine and where the run stands, on every rank together.
 
     The checkpoint appears under its final name only when every file of every rank is on disk and hashed; older ones
-    beyond ``keep`` are removed after that.
+    beyond ``keep`` are removed after that. ``extra`` tensors, the same on every rank, are kept beside the engine's.
     """
     name = f"step-{progress.global_step:08d}"
     temporary, final = folder / f"tmp-{name}", folder / name
@@ -63,6 +68,8 @@ def save(engine: Any, folder: Path, progress: Progress, keep: int) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     distributed.barrier()
     engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
+    if extra and distributed.rank() == 0:
+        save_file({name: value.contiguous() for name, value in extra.items()}, temporary / EXTRA)
     distributed.barrier()
     hashes = {file.name: _hash(file) for file in _own_files(temporary)}
     everyone = distributed.gather_objects(hashes)
@@ -105,11 +112,39 @@ def newest(folder: Path, stage: str) -> tuple[Path, Progress] | None:
     return None
 
 
-def restore(engine: Any, path: Path) -> None:
-    """Load a checkpoint that :func:`newest` has verified into the engine."""
+def restore(engine: Any, path: Path) -> dict[str, torch.Tensor]:
+    """Load a checkpoint that :func:`newest` has verified into the engine; returns its ``extra`` tensors."""
     loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
     if loaded is None:
         raise InputError(f"checkpoint {path}: DeepSpeed found nothing to load; was it written with the same ds_config?")
+    return load_file(path / EXTRA) if (path / EXTRA).exists() else {}
+
+
+def full_state(engine: Any, untrained: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model's whole float32 state on the CPU, from ZeRO's partitions; every rank must call it.
+
+    Args:
+        untrained: the parameters this stage left alone, from before the engine rounded them to 16 bit.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    state = {}
+    for name, parameter in engine.module.model.named_parameters():
+        if name in untrained:
+            state[name] = untrained[name].cpu()
+            continue
+        full = (
+            safe_get_full_fp32_param(parameter)
+            if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
+            else None
+        )
+        state[name] = (parameter.detach() if full is None else full).float().cpu().clone()
+    bad = [name for name, value in state.items() if not math.isfinite(float(value.abs().max()))]
+    if bad:
+        raise InputError(
+            f"the weights are not finite ({bad[0]}); lower the learning rate; the last checkpoint is untouched"
+        )
+    return state
 
 
 def _own_files(folder: Path) -> list[Path]:

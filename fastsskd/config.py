@@ -130,6 +130,12 @@ class DistillConfig(StageConfig):
     teacher_labels: bool = _option(True, "cross entropy with the teacher's class output (Formula 11)")
     gamma: float = _option(1.0, "weight of the feature regression (Formulas 12 and 13)", low=0.0)
     label_smoothing: float = _option(0.0, "label smoothing of the label term", low=0.0, high=0.9)
+    select: str = _option(
+        "last",
+        "weights kept: of the last epoch; of the best on the evaluation set (optimistic: say so); or the average",
+        choices=("last", "best", "average"),
+    )
+    average_epochs: int = _option(5, "select = average: mean of the weights after each of this many last epochs", low=1)
 
 
 @dataclass(frozen=True)

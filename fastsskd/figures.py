@@ -12,10 +12,13 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from fastsskd.batch import Batch
 from fastsskd.config import MaskConfig
-from fastsskd.loader import Batch
+from fastsskd.loader import Loader
+from fastsskd.manifest import Manifest
 from fastsskd.model import ACM, PATCH, unpatchify
 from fastsskd.views import make_views
+from fastsskd.weights import load_model
 
 _NOT_LOSSES = {
     "stage", "step", "epoch", "lr", "grad_norm", "clips_per_second", "clips", "seconds", "wait", "loss", "feature_std",
@@ -43,6 +46,17 @@ def loss_curves(lines: list[dict[str, Any]], path: Path) -> None:
         axis.set_axis_off()
     figure.suptitle("Losses")
     _save(figure, path)
+
+
+def draw_views(model_file: Path, clips: Manifest, mask: MaskConfig, folder: Path) -> None:
+    """Draw what a stage's model makes of one of eight clips that are spread over ``clips``."""
+    model, info = load_model(model_file)
+    spread = np.unique(np.linspace(0, len(clips) - 1, 8).astype(np.int64))
+    loader = Loader(clips.select(spread), batch_size=8, seconds=info.seconds, mean=info.mean, std=info.std)
+    for batch in loader:
+        if len(batch):
+            views_figure(model, batch, mask, folder / f"{model_file.parent.name}-views.png")
+    loader.close()
 
 
 @torch.no_grad()

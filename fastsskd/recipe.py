@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import fastsskd_kernels as kernels
@@ -18,6 +17,7 @@ from fastsskd.distill import Distill
 from fastsskd.engine import Log, StagePlan, StopFlag, train_stage
 from fastsskd.errors import InputError
 from fastsskd.evaluate import evaluation_loader, score, summarise
+from fastsskd.figures import draw_views
 from fastsskd.imagenet import initialise_from_image_model
 from fastsskd.loader import Loader
 from fastsskd.manifest import Manifest
@@ -26,6 +26,7 @@ from fastsskd.pretrain import Pretrain
 from fastsskd.run_folder import RunFolder
 from fastsskd.sampler import balanced_weights
 from fastsskd.schedule import build_optimizer
+from fastsskd.selection import Selection
 from fastsskd.stages import Stage, plan_stages
 from fastsskd.teachers import Teacher, load_teacher
 
@@ -59,8 +60,9 @@ class Recipe:
             if self.folder.is_done(stage.name):
                 self.folder.say(f"{stage.name}: done before, not trained again")
                 continue
-            self._train(stage, resolved)
-            self.folder.finish_stage(stage.name, None if stage.kind == "ssl" else self.evaluate([stage]))
+            selected = self._train(stage, resolved)
+            metrics = None if stage.kind == "ssl" else {**self.evaluate([stage]), "weights": selected}
+            self.folder.finish_stage(stage.name, metrics)
         return self._finish()
 
     def _finish(self) -> dict[str, Any]:
@@ -88,17 +90,26 @@ class Recipe:
 
     def evaluate(self, stages: list[Stage]) -> dict[str, Any]:
         """Metrics of one stage's model, or of the mean of several models' probabilities, on the evaluation set."""
-        probs = scores = None
-        for stage in stages:
-            model, info = weights.load_model(self.folder.model(stage.name), self.device)
+        return self._score(weights.load_model(self.folder.model(stage.name), self.device) for stage in stages)
+
+    def _score(self, models: Iterable[tuple[ACM, weights.ModelInfo]]) -> dict[str, Any]:
+        probs = []
+        for model, info in models:
             loader = evaluation_loader(
                 self.data.evaluation, info, self.sizes.micro, device=self.device, workers=self.config.data.workers
             )
             scores = score(model, loader, info.multi_label)
             loader.close()
             self.skipped.update(scores.skipped)
-            probs = scores.probs if probs is None else probs + scores.probs
-        return summarise(probs / len(stages), scores, self.data.evaluation)
+            probs.append(scores.probs)
+        return summarise(sum(probs) / len(probs), scores, self.data.evaluation)
+
+    def _evaluate_state(self, state: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Metrics of weights in memory, on the evaluation set."""
+        info = self._info()
+        model = build_model(info.size, len(info.classes), seconds=info.seconds)
+        model.load_state_dict(state)
+        return self._score([(model.to(self.device).eval(), info)])
 
     def _plan(self, stage: Stage) -> StagePlan:
         settings, optim = self._settings(stage), self.config.optim
@@ -126,7 +137,8 @@ class Recipe:
         """Each stage has its own order, crops and masks, all from the run's seed."""
         return kernels.derive_seed(self.config.run.seed, self.stages.index(stage)) % 2**31
 
-    def _train(self, stage: Stage, resolved: dict[str, Any]) -> None:
+    def _train(self, stage: Stage, resolved: dict[str, Any]) -> dict[str, Any]:
+        """Train one stage and save its model; returns which weights were kept."""
         import deepspeed
 
         plan = self._plan(stage)
@@ -139,29 +151,35 @@ class Recipe:
             optimizer=build_optimizer(module, self._settings(stage), self.config.optim),
             config=resolved,
         )
-        start = self._resume(stage, engine, loader)
+        selection = Selection(self.config.distill, self._evaluate_state)
+        start = self._resume(stage, engine, loader, selection)
         self.folder.begin_stage(stage.name, start)
 
         def on_log(log: Log) -> None:
             self.folder.log(stage.name, plan, log, engine.monitor)
 
         def on_step(step: int, stopping: bool) -> None:
+            epoch, inside = divmod(step, plan.steps_per_epoch)
+            if not inside and stage.kind == "distill" and selection.wants(epoch):
+                selection.add(epoch, checkpoint.full_state(engine, untrained))
+                engine.train()
             every = self.config.run.checkpoint_every
             if stopping or (every and step % every == 0 and step < plan.total_steps):
-                self._save(stage, engine, step, loader)
+                self._save(stage, engine, step, loader, selection)
 
         try:
             train_stage(engine, loader, plan, start_step=start, stop=self.stop, on_log=on_log, on_step=on_step)
         finally:
             self.skipped.update(loader.skipped)
             loader.close()
-        state = full_state(engine, untrained)
+        state = selection.result(checkpoint.full_state(engine, untrained))
         if distributed.rank() == 0:
             weights.save_model(self.folder.model(stage.name), state, self._info())
             if stage.kind == "ssl":
-                self._draw_views(stage)
+                draw_views(self.folder.model(stage.name), self.data.evaluation, self.config.mask, self.folder.plots)
         engine.destroy()
         distributed.barrier()
+        return selection.note
 
     def _start_model(self, stage: Stage) -> ACM:
         """The model a stage begins with: the last stage's, or a fresh one, or ``model.init``'s."""
@@ -241,19 +259,6 @@ class Recipe:
             max_bad_share=data.max_bad_share,
         )
 
-    def _draw_views(self, stage: Stage) -> None:
-        """A picture of what the stage's model makes of a few clips it was not trained on."""
-        from fastsskd.figures import views_figure
-
-        model, info = weights.load_model(self.folder.model(stage.name))
-        spread = np.unique(np.linspace(0, len(self.data.evaluation) - 1, 8).astype(np.int64))
-        clips = self.data.evaluation.select(spread)
-        loader = Loader(clips, batch_size=8, seconds=info.seconds, mean=info.mean, std=info.std)
-        for batch in loader:
-            if len(batch):
-                views_figure(model, batch, self.config.mask, self.folder.path / "plots" / f"{stage.name}-views.png")
-        loader.close()
-
     def _info(self) -> weights.ModelInfo:
         data = self.config.data
         return weights.ModelInfo(
@@ -265,7 +270,7 @@ class Recipe:
             data.std,
         )
 
-    def _save(self, stage: Stage, engine: Any, step: int, loader: Loader) -> None:
+    def _save(self, stage: Stage, engine: Any, step: int, loader: Loader, selection: Selection) -> None:
         done = sum(self._plan(s).total_steps for s in self.stages[: self.stages.index(stage)])
         progress = checkpoint.Progress(
             stage=stage.name,
@@ -275,10 +280,11 @@ class Recipe:
             world_size=distributed.world_size(),
             zero_stage=ds_config.zero_stage(self.deepspeed_config),
             precision=ds_config.precision(self.deepspeed_config),
+            note=selection.note,
         )
-        checkpoint.save(engine, self.folder.checkpoints, progress, self.config.run.keep_checkpoints)
+        checkpoint.save(engine, self.folder.checkpoints, progress, self.config.run.keep_checkpoints, selection.kept)
 
-    def _resume(self, stage: Stage, engine: Any, loader: Loader) -> int:
+    def _resume(self, stage: Stage, engine: Any, loader: Loader, selection: Selection) -> int:
         """Load the stage's newest checkpoint, if this run resumes and has one; the step to start from."""
         found = checkpoint.newest(self.folder.checkpoints, stage.name) if self.folder.resumed else None
         if found is None:
@@ -295,34 +301,7 @@ class Recipe:
                 f"checkpoint {path}: written by {then[0]} rank(s), ZeRO {then[1]}, {then[2]}; this run has {now[0]}, "
                 f"ZeRO {now[1]}, {now[2]}; resume with the same"
             )
-        checkpoint.restore(engine, path)
+        selection.kept, selection.note = checkpoint.restore(engine, path), progress.note
         loader.load_state_dict(progress.loader)
         self.folder.say(f"{stage.name}: continues from step {progress.step} ({path.name})")
         return progress.step
-
-
-def full_state(engine: Any, untrained: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The model's whole float32 state on the CPU, from ZeRO's partitions; every rank must call it.
-
-    Args:
-        untrained: the parameters this stage left alone, from before the engine rounded them to 16 bit.
-    """
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    state = {}
-    for name, parameter in engine.module.model.named_parameters():
-        if name in untrained:
-            state[name] = untrained[name].cpu()
-            continue
-        full = (
-            safe_get_full_fp32_param(parameter)
-            if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
-            else None
-        )
-        state[name] = (parameter.detach() if full is None else full).float().cpu().clone()
-    bad = [name for name, value in state.items() if not math.isfinite(float(value.abs().max()))]
-    if bad:
-        raise InputError(
-            f"the weights are not finite ({bad[0]}); lower the learning rate; the last checkpoint is untouched"
-        )
-    return state

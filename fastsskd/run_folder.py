@@ -38,6 +38,7 @@ class RunFolder:
         self.config, self.resumed = config, resume
         self.path = Path(config.run.out)
         self.checkpoints, self.tensorboard = self.path / "checkpoints", self.path / "tensorboard"
+        self.plots = self.path / "plots"
         self.is_writer = distributed.rank() == 0
         self._check(resume)
         distributed.barrier()  # nobody writes before everybody has looked

@@ -25,7 +25,7 @@ FLOORS = (
     "model losses metrics augment decode sampler stream loader datasets shards schedule stages",
     "views weights imagenet",
     "pretrain distill teachers",
-    "engine checkpoint evaluate predict check figures progress run_folder report recipe",
+    "engine selection checkpoint evaluate predict check figures progress run_folder report recipe",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 
