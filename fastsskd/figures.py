@@ -11,6 +11,7 @@ import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
 
 from fastsskd.batch import Batch
 from fastsskd.config import MaskConfig
@@ -30,7 +31,7 @@ def loss_curves(lines: list[dict[str, Any]], path: Path) -> None:
     stages = list(dict.fromkeys(line["stage"] for line in lines))
     columns = min(len(stages), 3)
     rows = -(-len(stages) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(5.2 * columns, 3.6 * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(rows, columns, figsize=(5.2 * columns, 4.0 * rows), squeeze=False, layout="constrained")
     for axis, stage in zip(axes.flat, stages, strict=False):
         own = [line for line in lines if line["stage"] == stage]
         epochs = [line["epoch"] for line in own]
@@ -40,8 +41,11 @@ def loss_curves(lines: list[dict[str, Any]], path: Path) -> None:
                 style = "--" if name.endswith("_inter") else "-"
                 axis.plot(epochs, [line[name] for line in own], style, lw=1, label=name)
         axis.set(title=stage, xlabel="epoch", yscale="log")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, ncols=2)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
     for axis in list(axes.flat)[len(stages) :]:
         axis.set_axis_off()
     figure.suptitle("Losses")

@@ -41,7 +41,8 @@ def paper_terms(model, batch, loss: LossConfig) -> dict[str, torch.Tensor]:
         error = (model.decode(pre) - target) ** 2
         if loss.hog_weight:
             error = error * paper_weight(batch.hog)[:, :, None]
-        terms[f"restore_{name}"] = error[hidden[name]].mean() if loss.restore_on == "masked" else error.mean()
+        clips = [e[m].mean() for e, m in zip(error, hidden[name], strict=True)]
+        terms[f"restore_{name}"] = torch.stack(clips).mean() if loss.restore_on == "masked" else error.mean()
         terms[f"mse_{name}"] = ((pre - raw) ** 2).mean()
         p, q = raw.softmax(-1), pre.softmax(-1)
         terms[f"kl_{name}"] = (p * (p / q).log()).sum(-1).mean()
