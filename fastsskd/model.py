@@ -109,6 +109,19 @@ class MAE(nn.Module):
         return filled.scatter(1, index, visible)
 
 
+class PartCounts(dict[str, int]):
+    """Parameters by part. The parts alone are its items, so that they add up; the sum is at hand beside them."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.values())
+
+    def __missing__(self, name: str) -> int:
+        if name == "total":
+            return self.total
+        raise KeyError(name)
+
+
 class ACM(nn.Module):
     """Audio classifier with multi-dimensional self-supervision: one set of weights for every stage.
 
@@ -198,17 +211,16 @@ class ACM(nn.Module):
         clip = self.features(patches).mean(dim=1)
         return (None if self.head is None else self.head(clip)), clip
 
-    def num_parameters(self) -> dict[str, int]:
-        """Number of parameters by part, and ``"total"``."""
-        parts = {
-            "patch_embed": sum(p.numel() for p in self.patch_embed.parameters()),
-            "pos_embed": self.pos_embed.numel(),
-            "aft": sum(p.numel() for m in (self.blocks, self.norm) for p in m.parameters()),
-            "mae": sum(p.numel() for p in self.mae.parameters()),
-            "decoder": sum(p.numel() for p in self.decoder.parameters()),
-            "head": 0 if self.head is None else sum(p.numel() for p in self.head.parameters()),
-        }
-        return {**parts, "total": sum(parts.values())}
+    def num_parameters(self) -> PartCounts:
+        """Number of parameters by part; ``["total"]`` or ``.total`` is their sum."""
+        return PartCounts(
+            patch_embed=sum(p.numel() for p in self.patch_embed.parameters()),
+            pos_embed=self.pos_embed.numel(),
+            aft=sum(p.numel() for m in (self.blocks, self.norm) for p in m.parameters()),
+            mae=sum(p.numel() for p in self.mae.parameters()),
+            decoder=sum(p.numel() for p in self.decoder.parameters()),
+            head=0 if self.head is None else sum(p.numel() for p in self.head.parameters()),
+        )
 
 
 def build_model(

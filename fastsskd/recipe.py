@@ -56,6 +56,7 @@ class Recipe:
         resolved = ds_config.resolve(self.deepspeed_config, distributed.world_size(), self.folder.tensorboard)
         steps = {stage.name: self._plan(stage).total_steps for stage in self.stages}
         self.folder.begin(steps, resolved, len(self.data.train), len(self.data.evaluation))
+        self._say_size()
         for stage in self.stages:
             if self.folder.is_done(stage.name):
                 self.folder.say(f"{stage.name}: done before, not trained again")
@@ -64,6 +65,12 @@ class Recipe:
             metrics = None if stage.kind == "ssl" else {**self.evaluate([stage]), "weights": selected}
             self.folder.finish_stage(stage.name, metrics)
         return self._finish()
+
+    def _say_size(self) -> None:
+        with torch.device("meta"):
+            parts = self._fresh_model().num_parameters()
+        text = ", ".join(f"{part} {count:,}" for part, count in parts.items())
+        self.folder.say(f"model {self.config.model.size}: {parts.total:,} parameters ({text})")
 
     def _finish(self) -> dict[str, Any]:
         done = self.folder.progress["stages"]
@@ -181,18 +188,21 @@ class Recipe:
         distributed.barrier()
         return selection.note
 
-    def _start_model(self, stage: Stage) -> ACM:
-        """The model a stage begins with: the last stage's, or a fresh one, or ``model.init``'s."""
+    def _fresh_model(self, drop_path: float = 0.0) -> ACM:
         options = self.config.model
-        classes = 0 if not self.data.train.classes else len(self.data.train.classes)
-        model = build_model(
+        return build_model(
             options.size,
-            classes,
+            len(self.data.train.classes),
             seconds=self.config.data.seconds,
-            drop_path=0.0 if stage.kind == "ssl" else options.drop_path,
+            drop_path=drop_path,
             activation_checkpointing=options.activation_checkpointing,
             seed=self.config.run.seed,
         )
+
+    def _start_model(self, stage: Stage) -> ACM:
+        """The model a stage begins with: the last stage's, or a fresh one, or ``model.init``'s."""
+        options = self.config.model
+        model = self._fresh_model(drop_path=0.0 if stage.kind == "ssl" else options.drop_path)
         source = self.folder.model(stage.start) if stage.start else options.init
         if source:
             if weights.is_model_file(source):

@@ -74,8 +74,7 @@ def test_the_parts_add_up_and_every_size_has_whole_heads(size):
     with torch.device("meta"):
         model = build_model(size, 7)
     parts = model.num_parameters()
-    total = parts.pop("total")
-    assert total == sum(parts.values()) == sum(p.numel() for p in model.parameters())
+    assert parts.total == parts["total"] == sum(parts.values()) == sum(p.numel() for p in model.parameters())
     preset = SIZES[size]
     assert preset.embed_dim % preset.num_heads == 0 and preset.mae_dim % preset.mae_heads == 0
 
