@@ -63,7 +63,7 @@ class Recipe:
                 continue
             selected = self._train(stage, resolved)
             metrics = None if stage.kind == "ssl" else {**self.evaluate([stage]), "weights": selected}
-            self.folder.finish_stage(stage.name, metrics)
+            self.folder.finish_stage(stage.name, metrics, self.skipped)
         return self._finish()
 
     def _say_size(self) -> None:
@@ -74,6 +74,7 @@ class Recipe:
 
     def _finish(self) -> dict[str, Any]:
         done = self.folder.progress["stages"]
+        self.skipped.update(self.folder.progress.get("skipped", {}))  # of the stages before a resume
         for skipped in distributed.gather_objects(self.skipped):
             self.skipped.update(skipped)
         iterations = []

@@ -124,8 +124,9 @@ class RunFolder:
             }
             monitor.write_events([(f"{stage}/{name}", value, log.step) for name, value in numbers.items()])
 
-    def finish_stage(self, stage: str, metrics: dict[str, Any] | None) -> None:
-        """Note that ``stage`` is done, with its evaluation (None after SSL)."""
+    def finish_stage(self, stage: str, metrics: dict[str, Any] | None, skipped: dict[str, str]) -> None:
+        """Note that ``stage`` is done, with its evaluation (None after SSL) and the clips left out so far."""
+        self.progress["skipped"] = {**self.progress.get("skipped", {}), **skipped}
         self.progress["stages"][stage] = {"metrics": metrics, **self._stage_summary(stage)}
         self._save_progress()
         if metrics:

@@ -276,3 +276,20 @@ def test_a_corrupt_clip_is_named_at_the_end(tones, tmp_path):
     assert result["status"] == "complete" and len(result["skipped"]) == 1
     (key,) = result["skipped"]
     assert Path(key).stem == table.path(3).stem and key in printed
+
+
+def test_self_supervision_alone_needs_no_labels(tones, tmp_path):
+    table = manifest.load(tones)
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    for i in range(len(table)):
+        (folder / f"{i:02d}.wav").write_bytes(table.path(i).read_bytes())
+    _, result, _ = run(tmp_path / "run", folder, recipe__stages='["ssl"]', ssl__epochs=1)
+    assert result["status"] == "complete" and result["metrics"] is None
+    state = load_file(tmp_path / "run/checkpoints/iter1-ssl/model.safetensors")
+    assert "blocks.0.attn.qkv.weight" in state and not any(name.startswith("head.") for name in state)
+    # Its weights start a labelled run, whose head is fresh.
+    init = json.dumps(str(tmp_path / "run/checkpoints/iter1-ssl"))
+    stages = {"recipe__stages": '["distill"]', "distill__epochs": 1, "model__init": init}
+    _, result, printed = run(tmp_path / "labelled", tones, **stages)
+    assert result["metrics"]["num_clips"] == 8 and "4 missing" in printed
