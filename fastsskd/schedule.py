@@ -13,7 +13,7 @@ from fastsskd.config import OptimConfig, StageConfig
 def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float, schedule: str) -> float:
     """Linear warm-up to ``peak``, then a cosine to zero or a constant. ``step`` counts from 0."""
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
+        return peak * ((step + 1) / warmup_steps)  # in this order it never exceeds the peak
     if schedule == "constant":
         return peak
     done = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
