@@ -56,14 +56,17 @@ def run(settings: config.Config, deepspeed_config: dict, resume: bool) -> int:
     from fastsskd.run_folder import RunFolder
 
     folder = RunFolder(settings, resume)
+    recipe = Recipe(settings, deepspeed_config, device, folder)
     try:
-        result = Recipe(settings, deepspeed_config, device, folder).run()
+        result = recipe.run()
     except Stopped as stopped:
         folder.finish({"status": "stopped", "reason": str(stopped)})
         folder.say(f"{stopped}; continue with --resume")
         return 1
     except Exception as error:
         folder.fail(error)
+        if not folder.is_writer and isinstance(error, InputError):  # may be this rank's alone; rank 0 speaks in main
+            print(f"error (rank {distributed.rank()}): {error}", file=sys.stderr, flush=True)
         raise
     if folder.is_writer:
         print(show(folder.path, result))
