@@ -95,31 +95,30 @@ def resample_into(out, waveform, table, up, down, position):
         out[i] = out[i - once]
 
 
-@njit
+@njit_reordered
 def _resample(out, waveform, table, up, down, first):
     """Outputs ``first``, ``first + 1``, ... of the whole clip at the new rate; beyond its ends the clip is zero."""
-    phases, width = table.shape
+    rows, width = table.shape
     if width == 1:  # equal rates
         out[:] = waveform[first : first + out.size]
         return
     taps = width // 2
+    q, phase = first * down // up, first * down % up  # input sample, and how many up-ths of a sample behind it
     for i in range(out.size):
-        place = (first + i) * down
-        q = place // up
-        row = ((place - q * up) * phases + up // 2) // up if phases < up else place - q * up
-        if row == phases:  # nearest to the next input
-            row, q = 0, q + 1
-        low, high = q - taps, q + taps + 1
-        if low >= 0 and high <= waveform.size:
-            out[i] = _dot(waveform[low:high], table[row])
-        else:
-            begin, end = max(low, 0), min(high, waveform.size)
-            out[i] = _dot(waveform[begin:end], table[row, begin - low : end - low]) if end > begin else np.float32(0.0)
-
-
-@njit_reordered
-def _dot(a, b):
-    total = np.float32(0.0)
-    for i in range(a.size):
-        total += a[i] * b[i]
-    return total
+        row, center = phase, q
+        if rows < up:  # the nearest of the table's positions, which may be the next input's first
+            row = (phase * rows + up // 2) // up
+            if row == rows:
+                row, center = 0, q + 1
+        low = center - taps
+        begin, end = max(low, 0), min(low + width, waveform.size)
+        # Slices, because an index that could be negative keeps the loop from using SIMD lanes.
+        samples, weights = waveform[begin:end], table[row, begin - low : end - low]
+        total = np.float32(0.0)
+        for j in range(len(samples)):
+            total += samples[j] * weights[j]
+        out[i] = total
+        # Steps instead of a division per sample.
+        q, phase = q + down // up, phase + down % up
+        if phase >= up:
+            q, phase = q + 1, phase - up
