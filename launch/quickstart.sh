@@ -51,7 +51,8 @@ manifest="$out.manifest"
 fastsskd index "$data" --out "$manifest"
 
 here="$(dirname "${BASH_SOURCE[0]}")"
-deepspeed "$here/train.py" --ds_config "$here/ds_config.json" --config "$here/configs/quickstart.toml" \
+port=$((20000 + RANDOM % 20000)) # so that two runs on one machine do not meet
+deepspeed --master_port "$port" "$here/train.py" --ds_config "$here/ds_config.json" --config "$here/configs/quickstart.toml" \
     --set "data.manifest=$manifest" --set "run.out=$out" ${more[@]+"${more[@]}"}
 # The launcher's own exit code does not tell success; the result does.
 python - "$out/result.json" <<'PYTHON'
