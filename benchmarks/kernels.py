@@ -47,7 +47,7 @@ from fastsskd_kernels.simd import LANES
 RESULTS = Path(__file__).parent / "results"
 SAMPLES = 160_000
 SPIN = 3_000_000
-BURST_S = 0.04
+BURST_S = 0.06
 MASK_BATCH, MASK_PATCHES = 64, 512
 
 
@@ -68,7 +68,7 @@ class Timer:
         for _ in range(self.rounds):
             for name, (work, clips) in rows.items():
                 self.wait_until_idle()
-                burst(work, BURST_S / 2)
+                burst(work, BURST_S)
                 wall, cpu = burst(work, BURST_S)
                 samples[name].append((wall * 1e3 / clips, cpu * 1e3 / clips))
         return {

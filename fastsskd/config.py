@@ -128,6 +128,7 @@ class DistillConfig(StageConfig):
     )
     labels: bool = _option(True, "cross entropy with the labels (the paper's text)")
     teacher_labels: bool = _option(True, "cross entropy with the teacher's class output (Formula 11)")
+    class_map: str = _option("", "JSON file {class of the data set: class of the teacher}; empty = by the same names")
     gamma: float = _option(1.0, "weight of the feature regression (Formulas 12 and 13)", low=0.0)
     label_smoothing: float = _option(0.0, "label smoothing of the label term", low=0.0, high=0.9)
     select: str = _option(

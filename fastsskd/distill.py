@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from fastsskd import losses
 from fastsskd.augment import augment, mix_fbank, mixup_partner
 from fastsskd.batch import Batch
+from fastsskd.class_map import teacher_columns
 from fastsskd.config import AugmentConfig, DataConfig, DistillConfig
 from fastsskd.errors import UsageError
 from fastsskd.model import ACM
@@ -26,6 +29,8 @@ class Distill(nn.Module):
         num_frames: frames of the input that are not padding.
         teacher: frozen, or None for plain supervised training (Table 8, "None"). It is kept outside the module tree,
             so that it has no optimizer state, no gradients and no place in the checkpoint.
+        class_map: the teacher's name of a class where it is another one; see ``class_map.py``. A teacher that lacks one
+            of the classes gives features only.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class Distill(nn.Module):
         data: DataConfig,
         num_frames: int,
         teacher: Teacher | None = None,
+        class_map: Mapping[str, str] | None = None,
     ):
         super().__init__()
         self.model, self.num_classes, self.multi_label = model, len(classes), multi_label
@@ -46,7 +52,12 @@ class Distill(nn.Module):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.startswith(("mae.", "decoder.")))
         self._outside = (teacher,)
-        self.uses_scores = teacher is not None and distill.teacher_labels and tuple(teacher.classes) == tuple(classes)
+        columns = None if teacher is None else teacher_columns(classes, teacher.classes, class_map or {})
+        self.uses_scores = columns is not None and distill.teacher_labels
+        # None keeps the teacher's own scores as they are.
+        self.columns = (
+            None if columns == list(range(len(classes))) and len(teacher.classes) == len(classes) else columns
+        )
         if not (distill.labels or self.uses_scores or (teacher is not None and distill.gamma > 0)):
             raise UsageError(
                 "[distill] leaves no loss: labels are off and the teacher gives neither scores nor features"
@@ -96,6 +107,8 @@ class Distill(nn.Module):
     def _teach(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher's class probabilities and clip features."""
         scores, features = self.teacher(waveform)
+        if self.columns is not None:
+            scores = scores[:, self.columns]  # before the softmax, which is then over the data set's classes
         if self.teacher.score_kind == "logits":
             scores = scores.sigmoid() if self.multi_label else scores.softmax(dim=-1)
         elif not self.multi_label:

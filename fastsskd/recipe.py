@@ -11,6 +11,7 @@ import torch
 
 import fastsskd_kernels as kernels
 from fastsskd import checkpoint, distributed, ds_config, weights
+from fastsskd.class_map import load_class_map
 from fastsskd.config import Config, StageConfig
 from fastsskd.datasets import open_data
 from fastsskd.distill import Distill
@@ -220,13 +221,7 @@ class Recipe:
             return None
         names = {other.name for other in self.stages}
         path = self.folder.model(stage.teacher) if stage.teacher in names else Path(stage.teacher)
-        teacher = load_teacher(path).to(self.device)
-        if tuple(teacher.classes) != tuple(self.data.train.classes):
-            self.folder.say(
-                f"{stage.name}: the teacher knows other classes ({len(teacher.classes)}) than the data set "
-                f"({len(self.data.train.classes)}), so it gives features only"
-            )
-        return teacher
+        return load_teacher(path).to(self.device)
 
     def _module(self, stage: Stage, model: ACM, teacher: Teacher | None) -> Pretrain | Distill:
         config = self.config
@@ -235,7 +230,7 @@ class Recipe:
         distill = config.distill
         if stage.kind == "teacher" or teacher is None:
             distill = dataclasses.replace(distill, labels=True)
-        return Distill(
+        module = Distill(
             model,
             classes=self.data.train.classes,
             multi_label=self.data.train.multi_label,
@@ -244,7 +239,14 @@ class Recipe:
             data=config.data,
             num_frames=kernels.num_frames(config.num_samples),
             teacher=teacher,
+            class_map=load_class_map(distill.class_map) if teacher is not None else None,
         )
+        if teacher is not None and distill.teacher_labels and not module.uses_scores:
+            self.folder.say(
+                f"{stage.name}: the teacher ({len(teacher.classes)} classes) lacks some of the data set's "
+                f"{len(self.data.train.classes)}, so it gives features only; distill.class_map can name them"
+            )
+        return module
 
     def _loader(self, stage: Stage, waveform: bool) -> Loader:
         data, clips = self.config.data, self._clips(stage)

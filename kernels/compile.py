@@ -43,18 +43,25 @@ def _choose_folder() -> Path | None:
 cache_folder = _choose_folder()
 
 
-def njit(function: Callable) -> Callable:
+def njit(function: Callable, relax: frozenset[str] = frozenset()) -> Callable:
     """Compile ``function`` on its first call, without the GIL, and keep the machine code in ``cache_folder``.
 
-    Floating-point rules stay strict: NaN and infinity keep their meaning, sums keep their order.
+    Floating-point rules stay strict, but for those of LLVM's fast-math flags that ``relax`` names: NaN and infinity
+    keep their meaning, sums keep their order.
     """
+    options = {"nogil": True, "fastmath": set(relax)}
     if cache_folder is None:
-        return numba.njit(nogil=True)(function)
+        return numba.njit(**options)(function)
     before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(cache_folder)
     try:
-        return numba.njit(nogil=True, cache=True)(function)
+        return numba.njit(cache=True, **options)(function)
     finally:
         numba.config.CACHE_DIR = before
+
+
+def njit_fused(function: Callable) -> Callable:
+    """As ``njit`` for a polynomial: a product and a sum may become one instruction, which rounds once."""
+    return njit(function, frozenset({"contract"}))
 
 
 def njit_reordered(function: Callable) -> Callable:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastsskd_kernels.compile import inlined, njit
+from fastsskd_kernels.compile import inlined, njit, njit_fused
 from fastsskd_kernels.kaldi import LOG_FLOOR, PREEMPHASIS, frame_samples, mel_banks, window_values
 from fastsskd_kernels.simd import LANES, load, splat, store, transpose
 
@@ -238,7 +238,7 @@ def mel_filters(power, start, row, weight, mel):
         store(mel, m, 0, total)
 
 
-@njit
+@njit_fused
 def log_inplace(x):
     """x = log(max(x, float32 epsilon)), natural, within 1 ulp or so (Cephes' logf); NaN and infinity stay."""
     bits = x.view(np.int32)

@@ -21,7 +21,8 @@ SOURCES = [
 # everything, and nothing below may use it until it is given a floor here.
 FLOORS = (
     "errors batch distributed audio_info audio_chunks audio_flac audio_ogg audio_file sound_synthesis",
-    "config ds_config clip_table clip_columns files_present split manifest listed_layouts layouts sound_events",
+    "config ds_config class_map clip_table clip_columns files_present split manifest listed_layouts layouts "
+    "sound_events",
     "model losses metrics augment decode sampler stream loader datasets shards schedule stages",
     "views weights imagenet",
     "pretrain distill teachers",

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from fastsskd.augment import mix_fbank, mixup_partner
+from fastsskd.class_map import load_class_map
 from fastsskd.config import AugmentConfig, DataConfig, DistillConfig
 from fastsskd.distill import Distill
-from fastsskd.errors import UsageError
+from fastsskd.errors import InputError, UsageError
 from fastsskd.teachers.ours import OwnTeacher
 from fastsskd.weights import ModelInfo
 
@@ -34,7 +35,9 @@ class FixedTeacher:
         return (scores if self.score_kind == "logits" else scores.sigmoid()), features
 
 
-def make_distill(model, *, teacher=None, multi_label=False, classes=CLASSES, augmentation=None, **distill) -> Distill:
+def make_distill(
+    model, *, teacher=None, multi_label=False, classes=CLASSES, augmentation=None, class_map=None, **distill
+) -> Distill:
     return Distill(
         model.eval(),
         classes=classes,
@@ -44,6 +47,7 @@ def make_distill(model, *, teacher=None, multi_label=False, classes=CLASSES, aug
         data=DataConfig(),
         num_frames=FRAMES,
         teacher=teacher,
+        class_map=class_map,
     )
 
 
@@ -128,12 +132,47 @@ def test_label_smoothing_is_of_the_label_term_alone(make_model, make_batch):
     assert metrics[0]["teacher_label"] == metrics[1]["teacher_label"]
 
 
-@pytest.mark.parametrize("classes", [("a", "b"), CLASSES[::-1]])
-def test_a_teacher_of_other_classes_gives_features_only(make_model, make_batch, classes):
-    """Other names, or the same in another order, which would be worse than none."""
-    module = make_distill(make_model(), teacher=FixedTeacher(classes=classes))
+def test_a_teacher_of_other_classes_gives_features_only(make_model, make_batch):
+    module = make_distill(make_model(), teacher=FixedTeacher(classes=("a", "b")))
     assert not module.uses_scores
     assert set(module(make_batch(waveform=True))[1]) == {"label", "regression"}
+
+
+@pytest.mark.parametrize("kind", ["logits", "probs"])
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_a_teachers_classes_are_found_by_name(make_model, make_batch, kind, multi_label):
+    """In another order, among others, one under another name: the scores are those of the columns picked by hand."""
+    batch, model = make_batch(waveform=True, multi_label=multi_label), used_model(make_model)
+    teacher = FixedTeacher(classes=("rain", "siren", "dog", "feline", "bell"), score_kind=kind)
+    module = make_distill(model, teacher=teacher, multi_label=multi_label, class_map={"cat": "feline"})
+    scores = teacher(batch.waveform)[0][:, [4, 3, 2, 0]]
+    if kind == "logits":
+        probs = scores.sigmoid() if multi_label else scores.softmax(1)
+    else:
+        probs = scores if multi_label else scores / scores.sum(1, keepdim=True)
+    expected = naive_ce(module.model(batch.fbank)[0], probs, multi_label)
+    assert module(batch)[1]["teacher_label"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_class_map_with_unknown_names_is_refused(make_model):
+    for names, says in (
+        ({"cow": "dog"}, "data set has no class 'cow'"),
+        ({"cat": "lion"}, "teacher has no class 'lion'"),
+    ):
+        with pytest.raises(InputError, match=says):
+            make_distill(make_model(), teacher=FixedTeacher(), class_map=names)
+
+
+def test_class_map_files(tmp_path):
+    assert load_class_map("") == {}
+    (tmp_path / "map.json").write_text('{"cat": "feline"}')
+    assert load_class_map(tmp_path / "map.json") == {"cat": "feline"}
+    for text in ("[1]", '{"cat": 1}', "{"):
+        (tmp_path / "map.json").write_text(text)
+        with pytest.raises(InputError, match="class_map"):
+            load_class_map(tmp_path / "map.json")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_class_map(tmp_path / "none.json")
 
 
 def test_gamma_zero_switches_the_regression_off(make_model, make_batch):
