@@ -23,7 +23,7 @@ from fastsskd.audio_file import AudioInfo, BadClip, check_decoded, probe
 from fastsskd.batch import Batch
 from fastsskd.decode import Decoded, DecodeError, Decoder
 from fastsskd.manifest import Manifest
-from fastsskd.model import NUM_MEL_BINS, patchify
+from fastsskd.model import NUM_MEL_BINS, PATCH
 from fastsskd.sampler import Sampler
 
 _CROP_STREAM = 100  # random streams from 100 on are ours; below, the masks' (kernels/random.py)
@@ -253,14 +253,16 @@ class Stream:
     def _features(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
         """fbank and HOG; on a CPU the rows are shared out over the pool, whose kernels release the GIL."""
         settings = {"num_frames": self._s.num_frames, "mean": self._s.mean, "std": self._s.std}
-        if not len(waveform):
-            empty = waveform.new_empty(0, self._s.num_frames, NUM_MEL_BINS)
-            return empty, patchify(empty)[:, :, 0]
-        if waveform.is_cuda or len(waveform) < 2 or self._s.workers == 1:
+        if waveform.is_cuda and len(waveform):
             return kernels.features(waveform, **settings)
-        rows = waveform.chunk(self._s.workers)
-        parts = list(self._pool.map(lambda chunk: kernels.features(chunk, **settings), rows))
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        fbank = waveform.new_empty(len(waveform), self._s.num_frames, NUM_MEL_BINS)
+        hog = waveform.new_empty(len(waveform), self._s.num_frames * NUM_MEL_BINS // PATCH**2)
+        share = -(-len(waveform) // self._s.workers) or 1
+        parts = [slice(start, start + share) for start in range(0, len(waveform), share)]
+        jobs = [self._pool.submit(kernels.features, waveform[p], **settings, out=(fbank[p], hog[p])) for p in parts]
+        for job in jobs:
+            job.result()
+        return fbank, hog
 
     def _put(self, item: Any) -> None:
         while not self._stopped.is_set():
