@@ -91,6 +91,10 @@ class Loader:
             weights=weights,
             drop_last_to=drop_last_to,
         )
+        if not self.sampler.epoch_length:
+            raise InputError(
+                f"{len(self.manifest)} clips make no batch of {drop_last_to or batch_size}; lower the batch size"
+            )
         self._settings = StreamSettings(
             manifest=self.manifest,
             sampler=self.sampler,

@@ -97,7 +97,14 @@ class Stream:
         self._thread.start()
 
     def get(self) -> tuple[Batch, int, dict[str, str]]:
-        item = self._queue.get()
+        """The next batch, the position after it, and the clips left out of it; raises what ended the producer."""
+        item = None
+        while item is None:
+            try:
+                item = self._queue.get(timeout=1.0)
+            except queue.Empty:
+                if not self._thread.is_alive():
+                    raise RuntimeError("the loader has ended after an error; close() it and iterate anew") from None
         if isinstance(item, BaseException):
             raise item
         batch, position, skipped, ready = item

@@ -282,11 +282,15 @@ def test_an_error_in_the_producer_reaches_the_consumer(table, monkeypatch):
     loader = Loader(table, batch_size=4, seconds=SECONDS)
     with pytest.raises(MemoryError, match="no room"):
         next(iter(loader))
+    with pytest.raises(RuntimeError, match="ended after an error"):  # rather than wait for ever
+        loader._stream.get()
     loader.close()
 
 
 def test_arguments_are_checked(table):
     with pytest.raises(ValueError, match="batch_size 0"):
         Loader(table, batch_size=0)
+    with pytest.raises(InputError, match="make no batch of 64"):
+        Loader(table, batch_size=8, train=True, drop_last_to=64)
     with pytest.raises(ValueError, match="rank 2 of 2"):
         Loader(table, batch_size=1, rank=2, world_size=2)
