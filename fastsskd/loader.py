@@ -73,10 +73,6 @@ class Loader:
         weights: np.ndarray | None = None,
         max_bad_share: float | None = None,
     ):
-        if batch_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(
-                f"batch_size {batch_size}, rank {rank} of {world_size}: need batch_size > 0 and rank < world"
-            )
         self.manifest = open_manifest(manifest)
         self.train, self.seed = train, seed
         self.device, self.workers = _device(device), workers or default_workers()
@@ -91,10 +87,6 @@ class Loader:
             weights=weights,
             drop_last_to=drop_last_to,
         )
-        if not self.sampler.epoch_length:
-            raise InputError(
-                f"{len(self.manifest)} clips make no batch of {drop_last_to or batch_size}; lower the batch size"
-            )
         self._settings = StreamSettings(
             manifest=self.manifest,
             sampler=self.sampler,

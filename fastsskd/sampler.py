@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from fastsskd.errors import InputError
 from fastsskd.manifest import Manifest
 
 _ORDER_STREAM = 0x0D  # keeps the order's random stream apart from those of crops and masks
@@ -27,6 +28,9 @@ class Sampler:
         rank, world_size: this rank's share.
         weights: ``(num_clips,)`` sampling weights: an epoch is then ``num_clips`` draws with replacement.
         drop_last_to: drop the tail of an epoch to a multiple of this many clips; 0 keeps every clip.
+
+    Raises:
+        ValueError: a batch size or rank that cannot be. InputError: not one batch in an epoch.
     """
 
     def __init__(
@@ -41,6 +45,12 @@ class Sampler:
         weights: np.ndarray | None = None,
         drop_last_to: int = 0,
     ):
+        if batch_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(
+                f"batch_size {batch_size}, rank {rank} of {world_size}: need a positive size, rank < world"
+            )
+        if num_clips < max(drop_last_to, 1):
+            raise InputError(f"{num_clips} clips make no batch of {drop_last_to or batch_size}; lower the batch size")
         self.num_clips, self.batch_size = num_clips, batch_size
         self.shuffle, self.seed = shuffle, seed
         self.rank, self.world_size = rank, world_size
