@@ -1,6 +1,6 @@
 """The loader: manifest -> ready batches of features, made ahead of training.
 
-    sampler -> read, probe -> DALI: decode -> resample the crop or loop -> copy -> fbank, HOG -> queue -> training
+    sampler -> read, probe -> DALI: decode -> crop -> copy -> resample, loop, fbank, HOG -> queue -> training
 
 What a batch holds is a pure function of (manifest, seed, epoch, position): no thread, rank or clock has a part in it.
 A clip that cannot be used is left out of its batch, which is then smaller, and named in ``skipped``; nothing ever takes

@@ -1,7 +1,7 @@
 """The producer behind a loader: one thread that turns clip indices into ready batches, in order.
 
-Read and probe (threads) -> DALI: decode, downmix -> check, resample the crop or loop (threads) -> copy to the device ->
-fbank and HOG (threads on a CPU, torch on a GPU) -> queue.
+Read and probe (threads) -> DALI: decode, downmix -> check, cut out the crop (threads) -> copy to the device ->
+resample, loop, fbank, HOG (numba in threads on a CPU, torch on a GPU) -> queue.
 """
 
 from __future__ import annotations
@@ -221,17 +221,20 @@ class Stream:
         return [result for result in results if isinstance(result, Decoded)]
 
     def _cut(self, planned: _Planned, decoded: list[Decoded]) -> Tensor:
-        """Check what DALI does not report; resample each clip's crop into its row of the batch.
+        """Check what DALI does not report; resample each clip's crop or loop, on the device.
 
         Returns:
-            ``(B, S)`` float32 waveforms at 16 kHz, on the CPU; pinned if they have to go to a GPU.
+            ``(B, S)`` float32 waveforms at 16 kHz, on the device.
         """
-        rows = torch.empty(len(decoded), self._s.num_samples, pin_memory=self._s.device.type == "cuda")
-        jobs = [
-            self._pool.submit(_cut_one, file, clip, row.numpy())
-            for file, clip, row in zip(planned.files, decoded, rows, strict=True)
-        ]
-        results = [job.result() for job in jobs]
+        pairs = list(zip(planned.files, decoded, strict=True))
+        num_samples = self._s.num_samples
+        if self._s.device.type == "cuda":
+            results = list(self._pool.map(lambda pair: _inputs_one(*pair, num_samples), pairs))
+            self._leave_out(planned, results)
+            crops = [result for result in results if not isinstance(result, BadClip)]
+            return kernels.resample_on_device(crops, num_samples, self._s.device)
+        rows = torch.empty(len(pairs), num_samples)
+        results = list(self._pool.map(lambda pair, row: _cut_one(*pair, row.numpy()), pairs, rows))
         good = [place for place, result in enumerate(results) if result is None]
         self._leave_out(planned, results)
         return rows if len(good) == len(rows) else rows[good]
@@ -280,17 +283,35 @@ class Stream:
                 continue
 
 
+def _checked(file: _File, clip: Decoded) -> np.ndarray:
+    """The clip's samples at its own rate, its segment only; raises :class:`BadClip`."""
+    check_decoded(clip.samples, file.info, clip.rate)
+    start, end = file.segment
+    if end <= 0:
+        return clip.samples
+    samples = clip.samples[round(start * clip.rate) : round(end * clip.rate)]
+    if not len(samples):
+        raise BadClip(f"is over before its segment begins, at {start:g} s")
+    return samples
+
+
 def _cut_one(file: _File, clip: Decoded, out: np.ndarray) -> BadClip | None:
     """Write the clip's crop or loop at 16 kHz to ``out``, or say what is wrong with the clip (in a pool thread)."""
     try:
-        check_decoded(clip.samples, file.info, clip.rate)
+        samples = _checked(file, clip)
     except BadClip as bad:
         return bad
-    samples, (start, end) = clip.samples, file.segment
-    if end > 0:
-        samples = samples[round(start * clip.rate) : round(end * clip.rate)]
-        if not len(samples):
-            return BadClip(f"is over before its segment begins, at {start:g} s")
-    table, up, down = kernels.resample_table(clip.rate, SAMPLE_RATE)
-    kernels.resample_into(out, samples, table, up, down, file.crop)
+    kernels.resample_into(out, samples, *kernels.resample_table(clip.rate, SAMPLE_RATE), file.crop)
     return None
+
+
+def _inputs_one(file: _File, clip: Decoded, num_samples: int) -> BadClip | kernels.CropInputs:
+    """What of the clip a GPU needs for its crop or loop, or what is wrong with the clip (in a pool thread)."""
+    try:
+        samples = _checked(file, clip)
+    except BadClip as bad:
+        return bad
+    if kernels.has_device_form(clip.rate, SAMPLE_RATE):
+        return kernels.crop_inputs(samples, clip.rate, num_samples, file.crop, SAMPLE_RATE)
+    crop = kernels.resample_crop_or_loop(samples, clip.rate, num_samples, file.crop, SAMPLE_RATE)
+    return kernels.CropInputs(crop, SAMPLE_RATE, 0, num_samples)

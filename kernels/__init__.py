@@ -13,14 +13,18 @@ from fastsskd_kernels.kaldi import num_frames
 from fastsskd_kernels.masks import inter_patch_mask, intra_patch_mask, patch_weight
 from fastsskd_kernels.random import derive_seed, derive_seeds, uniform
 from fastsskd_kernels.resample import resample_crop_or_loop, resample_into, resample_table, resampled_length
+from fastsskd_kernels.resample_torch import CropInputs, crop_inputs, has_device_form, resample_on_device
 
 __all__ = [
+    "CropInputs",
+    "crop_inputs",
     "crop_or_loop",
     "crop_start",
     "derive_seed",
     "derive_seeds",
     "fbank",
     "features",
+    "has_device_form",
     "hog",
     "hog_patch_mean",
     "inter_patch_mask",
@@ -31,6 +35,7 @@ __all__ = [
     "patch_weight",
     "resample_crop_or_loop",
     "resample_into",
+    "resample_on_device",
     "resample_table",
     "resampled_length",
     "resolve_backend",

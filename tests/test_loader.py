@@ -294,3 +294,28 @@ def test_arguments_are_checked(table):
         Loader(table, batch_size=8, train=True, drop_last_to=64)
     with pytest.raises(ValueError, match="rank 2 of 2"):
         Loader(table, batch_size=1, rank=2, world_size=2)
+
+
+def test_the_inputs_for_a_gpu_give_the_same_waveforms(damaged):
+    """The producer's way to a GPU, as far as a machine without one can go: the same steps, on a CPU."""
+    from fastsskd import stream
+    from fastsskd.decode import Decoder
+
+    table, good, _ = damaged
+    decoder, compared = Decoder(lambda: [], max_batch=1, num_threads=1), 0
+    for i in range(len(table)):
+        if table.path(i).name not in good:
+            continue
+        data = np.fromfile(table.path(i), np.uint8)
+        clip = decoder.run_one(data)
+        for segment in ((0.0, -1.0), (0.01, 0.05)):
+            file = stream._File(data, stream.probe(data.data), 0.37, segment)
+            row = np.empty(15360, np.float32)
+            on_cpu, inputs = stream._cut_one(file, clip, row), stream._inputs_one(file, clip, 15360)
+            if on_cpu is not None:  # a clip shorter than the segment
+                assert str(on_cpu) == str(inputs)
+                continue
+            waveform = kernels.resample_on_device([inputs], 15360, "cpu")[0]
+            np.testing.assert_allclose(waveform, row, atol=2e-5 * max(1.0, np.abs(row).max()))
+            compared += 1
+    assert compared > 30

@@ -70,3 +70,28 @@ def test_very_short_and_empty_clips():
     assert np.isfinite(kernels.resample_crop_or_loop(np.ones(1, np.float32), 44100, 100)).all()
     with pytest.raises(ValueError, match="waveform"):
         kernels.resample_crop_or_loop(np.empty(0, np.float32), 44100, 100)
+
+
+@pytest.mark.parametrize("num_samples", [1, 3000, 16000, 40000])
+def test_the_convolution_for_a_gpu_gives_the_same(num_samples):
+    """A batch of clips of many rates and lengths, crops and loops; here on the CPU, where the same code runs."""
+    random = np.random.default_rng(num_samples)
+    clips, expected = [], []
+    for rate in RATES:
+        for length in (1, 500, rate // 2, 2 * rate):
+            samples, position = random.standard_normal(length).astype(np.float32), random.random()
+            assert kernels.has_device_form(rate)
+            clips.append(kernels.crop_inputs(samples, rate, num_samples, position))
+            expected.append(kernels.resample_crop_or_loop(samples, rate, num_samples, position))
+    out = kernels.resample_on_device(clips, num_samples, "cpu")
+    np.testing.assert_allclose(out.numpy(), np.stack(expected), atol=2e-5)
+
+
+def test_only_the_crops_inputs_go_to_the_device():
+    hour = np.zeros(44100 * 600, np.float32)
+    crop = kernels.crop_inputs(hour, 44100, 160000, 0.7)
+    assert len(crop.samples) < 44100 * 10.1
+
+
+def test_rates_without_a_small_ratio_have_no_device_form():
+    assert not kernels.has_device_form(44101) and kernels.has_device_form(11025)
