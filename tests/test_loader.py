@@ -319,3 +319,19 @@ def test_the_inputs_for_a_gpu_give_the_same_waveforms(damaged):
             np.testing.assert_allclose(waveform, row, atol=2e-5 * max(1.0, np.abs(row).max()))
             compared += 1
     assert compared > 30
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_made_on_a_gpu_are_those_made_on_a_cpu(table):
+    batches = {}
+    for device in ("cpu", "cuda"):
+        loader = Loader(table, batch_size=5, seconds=SECONDS, train=True, seed=2, device=device, waveform=True)
+        batches[device] = [batch.to("cpu") for batch in loader]
+        loader.close()
+    for cpu, gpu in zip(batches["cpu"], batches["cuda"], strict=True):
+        assert cpu.key == gpu.key and torch.equal(cpu.seed, gpu.seed) and torch.equal(cpu.label, gpu.label)
+        torch.testing.assert_close(gpu.waveform, cpu.waveform, atol=2e-5, rtol=0)
+        # Quiet bins show float32's rounding of the two Fourier transforms; the bulk must agree.
+        assert (gpu.fbank - cpu.fbank).abs().mean() < 1e-3
+        torch.testing.assert_close(gpu.hog, cpu.hog, atol=0.05, rtol=0.02)
