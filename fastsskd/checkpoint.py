@@ -41,6 +41,7 @@ class Progress:
         loader: the loader's ``state_dict``.
         world_size: ranks that wrote it.
         zero_stage, precision: of the engine that wrote it.
+        note: of the stage's selection of weights.
     """
 
     stage: str

@@ -54,10 +54,8 @@ class Distill(nn.Module):
         self._outside = (teacher,)
         columns = None if teacher is None else teacher_columns(classes, teacher.classes, class_map or {})
         self.uses_scores = columns is not None and distill.teacher_labels
-        # None keeps the teacher's own scores as they are.
-        self.columns = (
-            None if columns == list(range(len(classes))) and len(teacher.classes) == len(classes) else columns
-        )
+        # A buffer goes to the device with the module; a list would be copied there, and waited for, at every step.
+        self.register_buffer("columns", None if columns is None else torch.tensor(columns), persistent=False)
         if not (distill.labels or self.uses_scores or (teacher is not None and distill.gamma > 0)):
             raise UsageError(
                 "[distill] leaves no loss: labels are off and the teacher gives neither scores nor features"

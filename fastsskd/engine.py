@@ -107,7 +107,7 @@ def train_stage(
     """
     engine.train()
     batches = _forever(loader)
-    meter = _Meter(plan.log_every, start_step)
+    meter = _Meter(plan.log_every)
     for step in range(start_step, plan.total_steps):
         lr = learning_rate(step, plan.total_steps, plan.warmup_steps, plan.peak_lr, plan.schedule)
         set_learning_rate(engine.optimizer, lr)
@@ -178,14 +178,14 @@ def _checked(log: Log, name: str) -> Log:
 class _Meter:
     """Sums between two logs; the losses stay on the device until the log."""
 
-    def __init__(self, every: int, start_step: int):
+    def __init__(self, every: int):
         self.every = every
-        self._reset(start_step)
+        self._reset()
 
-    def _reset(self, step: int) -> None:
+    def _reset(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.weight, self.clips, self.waited = 0.0, 0, 0.0
-        self.begin, self.begin_step = time.perf_counter(), step
+        self.begin = time.perf_counter()
 
     def wait(self, batches: Any) -> Batch:
         begin = time.perf_counter()
@@ -214,5 +214,5 @@ class _Meter:
         metrics = {name: sum(sums[name] for sums, _ in ranks) / weight for name in names}
         seconds = time.perf_counter() - self.begin
         log = Log(step, metrics, lr, grad_norm, self.clips, seconds, self.waited / max(seconds, 1e-9))
-        self._reset(step)
+        self._reset()
         return log

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from fastsskd.errors import InputError
 from fastsskd.loader import Loader, open_manifest
 from fastsskd.manifest import Manifest
 from fastsskd.metrics import classification_metrics
+from fastsskd.model import ACM
 from fastsskd.weights import ModelInfo, load_model
 
 
@@ -61,6 +62,22 @@ def evaluation_loader(manifest: Manifest, info: ModelInfo, batch_size: int, **op
     )
 
 
+def mean_scores(
+    models: Iterable[tuple[Callable[[Tensor], tuple[Tensor, Tensor]], ModelInfo]],
+    manifest: Manifest,
+    batch_size: int,
+    **options: Any,
+) -> Scores:
+    """The mean of the models' class probabilities, one model at a time; ``options`` are the loader's."""
+    probs = []
+    for model, info in models:
+        loader = evaluation_loader(manifest, info, batch_size, **options)
+        scores = score(model, loader, info.multi_label)
+        loader.close()
+        probs.append(scores.probs)
+    return replace(scores, probs=sum(probs) / len(probs))
+
+
 def evaluate(
     checkpoints: Sequence[str | Path], source: Any, *, batch_size: int = 32, device: str = "cpu", workers: int = 0
 ) -> dict[str, Any]:
@@ -77,17 +94,10 @@ def evaluate(
         InputError: checkpoints that do not go together, labels missing, or other classes than the model's.
     """
     manifest = open_manifest(source)
-    total, scores, first = None, None, None
-    for path in checkpoints:
-        model, info = load_model(path, device)
-        first = first or info
-        _check_fits(path, info, first, manifest)
-        loader = evaluation_loader(manifest, info, batch_size, device=device, workers=workers)
-        scores = score(model, loader, info.multi_label)
-        loader.close()
-        total = scores.probs if total is None else total + scores.probs
+    models = _load_all(checkpoints, manifest, device)
+    scores = mean_scores(models, manifest, batch_size, device=device, workers=workers)
     return {
-        **summarise(total / len(checkpoints), scores, manifest),
+        **summarise(scores.probs, scores, manifest),
         "checkpoints": [str(path) for path in checkpoints],
         "skipped": scores.skipped,
     }
@@ -99,6 +109,16 @@ def summarise(probs: np.ndarray, scores: Scores, manifest: Manifest) -> dict[str
         key, reason = next(iter(scores.skipped.items()), ("", "the manifest is empty"))
         raise InputError(f"no clip of the evaluation set could be read (first: {key}: {reason})")
     return classification_metrics(probs, manifest.label_of(scores.index), manifest.classes)
+
+
+def _load_all(checkpoints: Sequence[str | Path], manifest: Manifest, device: str) -> Iterator[tuple[ACM, ModelInfo]]:
+    """The checkpoints' models, one after the other, each checked against the first one and the manifest."""
+    first = None
+    for path in checkpoints:
+        model, info = load_model(path, device)
+        first = first or info
+        _check_fits(path, info, first, manifest)
+        yield model, info
 
 
 def _check_fits(path: str | Path, info: ModelInfo, first: ModelInfo, manifest: Manifest) -> None:

@@ -18,12 +18,11 @@ from fastsskd.config import MaskConfig
 from fastsskd.loader import Loader
 from fastsskd.manifest import Manifest
 from fastsskd.model import ACM, PATCH, unpatchify
+from fastsskd.run_folder import LINE_FIELDS
 from fastsskd.views import make_views
 from fastsskd.weights import load_model
 
-_NOT_LOSSES = {
-    "stage", "step", "epoch", "lr", "grad_norm", "clips_per_second", "clips", "seconds", "wait", "loss", "feature_std",
-}  # fmt: skip
+_NOT_TERMS = LINE_FIELDS | {"loss", "feature_std"}
 
 
 def loss_curves(lines: list[dict[str, Any]], path: Path) -> None:
@@ -37,7 +36,7 @@ def loss_curves(lines: list[dict[str, Any]], path: Path) -> None:
         epochs = [line["epoch"] for line in own]
         axis.plot(epochs, [line["loss"] for line in own], color="black", lw=2, label="total")
         for name in own[0]:
-            if name not in _NOT_LOSSES:
+            if name not in _NOT_TERMS:
                 style = "--" if name.endswith("_inter") else "-"
                 axis.plot(epochs, [line[name] for line in own], style, lw=1, label=name)
         axis.set(title=stage, xlabel="epoch", yscale="log")

@@ -17,7 +17,7 @@ from fastsskd.datasets import open_data
 from fastsskd.distill import Distill
 from fastsskd.engine import Log, StagePlan, StopFlag, train_stage
 from fastsskd.errors import InputError
-from fastsskd.evaluate import evaluation_loader, score, summarise
+from fastsskd.evaluate import mean_scores, summarise
 from fastsskd.figures import draw_views
 from fastsskd.imagenet import initialise_from_image_model
 from fastsskd.loader import Loader
@@ -102,16 +102,10 @@ class Recipe:
         return self._score(weights.load_model(self.folder.model(stage.name), self.device) for stage in stages)
 
     def _score(self, models: Iterable[tuple[ACM, weights.ModelInfo]]) -> dict[str, Any]:
-        probs = []
-        for model, info in models:
-            loader = evaluation_loader(
-                self.data.evaluation, info, self.sizes.micro, device=self.device, workers=self.config.data.workers
-            )
-            scores = score(model, loader, info.multi_label)
-            loader.close()
-            self.skipped.update(scores.skipped)
-            probs.append(scores.probs)
-        return summarise(sum(probs) / len(probs), scores, self.data.evaluation)
+        clips, workers = self.data.evaluation, self.config.data.workers
+        scores = mean_scores(models, clips, self.sizes.micro, device=self.device, workers=workers)
+        self.skipped.update(scores.skipped)
+        return summarise(scores.probs, scores, clips)
 
     def _evaluate_state(self, state: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Metrics of weights in memory, on the evaluation set."""

@@ -20,6 +20,8 @@ from fastsskd.progress import ProgressLine
 from fastsskd.weights import MODEL_FILE
 
 RESULT, PROGRESS, METRICS = "result.json", "progress.json", "metrics.jsonl"
+LINE_FIELDS = {"stage", "step", "epoch", "lr", "grad_norm", "clips_per_second", "clips", "seconds", "wait"}
+"""Of a line of metrics.jsonl; whatever else it holds is the loss, its terms, and the health of the features."""
 _PACKAGES = ("torch", "torchaudio", "timm", "deepspeed", "numba", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
 
@@ -142,8 +144,7 @@ class RunFolder:
         if not lines:
             return {}
         last = [line for line in lines if line["epoch"] > lines[-1]["epoch"] - 1] or lines[-1:]
-        known = {"stage", "step", "epoch", "lr", "grad_norm", "clips_per_second", "clips", "seconds", "wait"}
-        losses = {name: sum(line[name] for line in last) / len(last) for name in last[0] if name not in known}
+        losses = {name: sum(line[name] for line in last) / len(last) for name in last[0] if name not in LINE_FIELDS}
         seconds = sum(line["seconds"] for line in lines)
         return {
             "losses": losses,

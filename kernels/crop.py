@@ -11,6 +11,7 @@ from fastsskd_kernels.compile import njit
 INT16_SCALE = 1.0 / 32768.0  # int16 full scale -> [-1, 1)
 
 
+@njit
 def crop_start(position: float, length: int, num_samples: int) -> int:
     """Where a draw begins.
 

@@ -14,6 +14,7 @@ import math
 import numpy as np
 
 from fastsskd_kernels.compile import njit, njit_reordered
+from fastsskd_kernels.crop import crop_start
 
 ZERO_CROSSINGS = 40
 """Of the sinc on either side: the transition from passing to stopping is 12 % of the lower Nyquist frequency wide."""
@@ -50,6 +51,7 @@ def resample_table(rate_in: int, rate_out: int = 16000) -> tuple[np.ndarray, int
     return (table / table.sum(axis=1, keepdims=True)).astype(np.float32), up, down
 
 
+@njit
 def resampled_length(length: int, up: int, down: int) -> int:
     """Samples of a whole clip at the new rate: every output that lies before the clip's end."""
     return -(-length * up // down)
@@ -84,9 +86,8 @@ def resample_crop_or_loop(
 @njit
 def resample_into(out, waveform, table, up, down, position):
     """Fill ``out`` with the crop or loop of ``waveform`` (both float32) that ``position`` stands for."""
-    length = -(-waveform.size * up // down)
-    choices = length - out.size + 1 if length >= out.size else length
-    start = min(int(position * choices), choices - 1)
+    length = resampled_length(waveform.size, up, down)
+    start = crop_start(position, length, out.size)
     once = min(length, out.size)  # a short clip is computed once and then repeated
     head = min(once, length - start)
     _resample(out[:head], waveform, table, up, down, start)

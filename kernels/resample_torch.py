@@ -87,7 +87,7 @@ def _convolve(samples: torch.Tensor, rate: int, rate_out: int) -> torch.Tensor:
     _, up, down = resample_table(rate, rate_out)
     if up == down:
         return samples
-    weight = _filters(rate, rate_out).to(samples.device)
+    weight = _filters(rate, rate_out, samples.device)
     return F.conv1d(samples[:, None], weight, stride=down).transpose(1, 2).reshape(len(samples), -1)
 
 
@@ -97,12 +97,12 @@ def _reach(up: int, down: int, taps: int) -> int:
 
 
 @functools.lru_cache(maxsize=32)
-def _filters(rate: int, rate_out: int) -> torch.Tensor:
-    """(up, 1, reach) float32: the table's rows, each where its output's inputs lie in a block."""
+def _filters(rate: int, rate_out: int, device: torch.device) -> torch.Tensor:
+    """(up, 1, reach) float32: the table's rows, each where its output's inputs lie in a block; kept on the device."""
     table, up, down = resample_table(rate, rate_out)
     width = table.shape[1]
     filters = torch.zeros(up, 1, _reach(up, down, width // 2))
     for output in range(up):
         q, row = output * down // up, output * down % up
         filters[output, 0, q : q + width] = torch.from_numpy(table[row])
-    return filters
+    return filters.to(device)
