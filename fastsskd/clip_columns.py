@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fastsskd.clip_table import SCHEMA, WHOLE_FILE, Manifest, one_chunk
+from fastsskd.clip_table import ALL_BYTES, SCHEMA, WHOLE_FILE, Manifest, one_chunk
 from fastsskd.errors import InputError
 
 
@@ -23,6 +23,8 @@ def from_columns(
     splits=None,
     starts=None,
     ends=None,
+    offsets=None,
+    sizes=None,
     source: str = "",
     absent: Sequence[str] = (),
 ) -> Manifest:
@@ -37,6 +39,7 @@ def from_columns(
         multi_label: whether clips may carry several labels.
         folds: (n,) int, default 0. splits: (n,) int codes, default 0.
         starts: (n,) seconds, default 0. ends: (n,) seconds, default -1.
+        offsets: (n,) first byte of each clip inside its file, default 0. sizes: (n,) its bytes, default -1 = all.
         source: name of the layout.
         absent: names of listed files that are not there.
 
@@ -50,17 +53,23 @@ def from_columns(
     columns = {
         "key": keys,
         "path": paths,
+        "offset": _filled(offsets, n, ALL_BYTES[0], np.int64),
+        "size": _filled(sizes, n, ALL_BYTES[1], np.int64),
         "labels": _label_lists(labels, n),
-        "fold": pa.array(np.zeros(n, np.int16) if folds is None else np.asarray(folds, np.int16)),
-        "split": pa.array(np.zeros(n, np.int8) if splits is None else np.asarray(splits, np.int8)),
-        "start": pa.array(np.full(n, WHOLE_FILE[0], np.float32) if starts is None else np.asarray(starts, np.float32)),
-        "end": pa.array(np.full(n, WHOLE_FILE[1], np.float32) if ends is None else np.asarray(ends, np.float32)),
+        "fold": _filled(folds, n, 0, np.int16),
+        "split": _filled(splits, n, 0, np.int8),
+        "start": _filled(starts, n, WHOLE_FILE[0], np.float32),
+        "end": _filled(ends, n, WHOLE_FILE[1], np.float32),
         "bad": pa.repeat("", n),
     }
     table = pa.table([columns[name] for name in SCHEMA.names], schema=SCHEMA)
     return Manifest(
         table, classes=classes, multi_label=multi_label, root=Path(root).absolute(), source=source, absent=absent
     )
+
+
+def _filled(values, n: int, default: float, dtype: type) -> pa.Array:
+    return pa.array(np.full(n, default, dtype) if values is None else np.asarray(values, dtype))
 
 
 def _label_lists(labels, n: int) -> pa.ListArray:

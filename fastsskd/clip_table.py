@@ -20,6 +20,11 @@ from fastsskd.errors import InputError
 SPLIT_NONE, SPLIT_TRAIN, SPLIT_EVAL = 0, 1, 2
 WHOLE_FILE = (0.0, -1.0)
 """The segment of a clip that is a whole file: start 0 s, no end."""
+ALL_BYTES = (0, -1)
+"""The extent of a clip that has a file of its own: first byte 0, no end."""
+PACKED = "pack"
+"""The source of a manifest that `fastsskd pack` made: each clip was decoded and checked, and the manifest lies beside
+the shards and moves with them."""
 MAX_ABSENT_NAMES = 1000
 BLOCK = 1 << 16
 MAX_DENSE_LABELS = 1 << 28
@@ -28,7 +33,9 @@ MAX_DENSE_LABELS = 1 << 28
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),  # unique
-        ("path", pa.string()),  # relative to the root where possible
+        ("path", pa.string()),  # file that holds the clip, relative to the root where possible
+        ("offset", pa.int64()),  # first byte of the clip's own file inside that file, not 0 in a tar shard
+        ("size", pa.int64()),  # bytes of it, -1 = all of the file
         ("labels", pa.list_(pa.int16())),  # empty = unlabelled
         ("fold", pa.int16()),  # 0 = none
         ("split", pa.int8()),  # 0 none, 1 train, 2 eval
@@ -79,6 +86,9 @@ class Manifest:
         self._keys, self._paths, self._labels, self._bad = (
             one_chunk(table.column(name)) for name in ("key", "path", "labels", "bad")
         )
+        self._offsets, self._sizes, self._starts, self._ends = (
+            one_chunk(table.column(name)).to_numpy() for name in ("offset", "size", "start", "end")
+        )
         self._label_offsets = self._labels.offsets.to_numpy(zero_copy_only=len(table) > 0)
         self._label_values = self._labels.values.to_numpy(zero_copy_only=len(table) > 0)
 
@@ -116,10 +126,15 @@ class Manifest:
         row = self._row(i)
         return self._label_values[self._label_offsets[row] : self._label_offsets[row + 1]].astype(np.int64)
 
+    def extent(self, i: int) -> tuple[int, int]:
+        """Where in `path(i)` the clip's own (encoded) file lies: first byte and number of bytes, or `ALL_BYTES`."""
+        row = self._row(i)
+        return int(self._offsets[row]), int(self._sizes[row])
+
     def segment(self, i: int) -> tuple[float, float]:
         """Start and end of clip `i` inside its file, in seconds; `WHOLE_FILE` = all of it."""
         row = self._row(i)
-        return self.table.column("start")[row].as_py(), self.table.column("end")[row].as_py()
+        return float(self._starts[row]), float(self._ends[row])
 
     @cached_property
     def folds(self) -> np.ndarray:

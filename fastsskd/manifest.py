@@ -24,6 +24,7 @@ from pyarrow import csv
 
 from fastsskd.clip_columns import from_columns, split_names, strings
 from fastsskd.clip_table import (
+    PACKED,
     SCHEMA,
     SPLIT_EVAL,
     SPLIT_NONE,
@@ -40,7 +41,7 @@ __all__ = ["Manifest", "keep_existing", "load", "mark_bad", "save", "split"]
 
 ARROW_MAGIC = b"ARROW1"
 METADATA_KEY = b"fastsskd.manifest"
-VERSION = 1
+VERSION = 2
 SPLIT_CODES = {"": SPLIT_NONE, "train": SPLIT_TRAIN, "eval": SPLIT_EVAL, "test": SPLIT_EVAL}
 CSV_COLUMNS = ("path", "key", "label", "labels", "fold", "split", "start", "end")
 
@@ -84,7 +85,7 @@ def save(manifest: Manifest, path: str | Path) -> None:
         "version": VERSION,
         "classes": manifest.classes,
         "multi_label": manifest.multi_label,
-        "root": str(manifest.root.absolute()),
+        "root": "." if manifest.source == PACKED else str(manifest.root.absolute()),
         "source": manifest.source,
         "num_absent": manifest.num_absent,
         "absent": manifest.absent,
@@ -151,11 +152,13 @@ def _load_arrow(path: Path) -> Manifest:
         table.validate()
     except (pa.ArrowException, OSError, ValueError):
         raise InputError(f"{path}: the manifest is damaged or cut short: run `fastsskd index` again") from None
+    if about is not None and about["version"] != VERSION:
+        raise InputError(f"{path}: manifest of version {about['version']}, not {VERSION}: run `fastsskd index` again")
     if about is None or not table.schema.equals(SCHEMA):
         raise InputError(f"{path}: an Arrow file, but not one of ours: make it with `fastsskd index SRC --out {path}`")
-    if about["version"] != VERSION:
-        raise InputError(f"{path}: manifest of version {about['version']}, not {VERSION}: run `fastsskd index` again")
     about.pop("version")
+    if about["root"] == ".":
+        about["root"] = path.absolute().parent
     return Manifest(table.replace_schema_metadata(None), **about)
 
 
