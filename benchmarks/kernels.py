@@ -21,9 +21,7 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[_name] = "1"  # before NumPy and torch start their pools
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -34,6 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
+import common
 import kernels_gpu
 import kernels_peers as peers
 import numba
@@ -55,8 +54,7 @@ class Timer:
     """Times rows of a table round after round, waiting for an idle machine as long as its patience lasts."""
 
     def __init__(self, rounds: int, patience_s: float):
-        self.rounds, self.patience_s = rounds, patience_s
-        self.quiet, self.samples = 0, 0
+        self.rounds, self.idle = rounds, common.IdleWatch(patience_s)
 
     def __call__(self, rows: dict[str, tuple[Callable, int]]) -> dict[str, dict]:
         """name -> (call, clips per call) to name -> milliseconds per clip: wall time, CPU time of all threads.
@@ -67,7 +65,7 @@ class Timer:
         samples = {name: [] for name in rows}
         for _ in range(self.rounds):
             for name, (work, clips) in rows.items():
-                self.wait_until_idle()
+                self.idle.wait()
                 burst(work, BURST_S)
                 wall, cpu = burst(work, BURST_S)
                 samples[name].append((wall * 1e3 / clips, cpu * 1e3 / clips))
@@ -80,18 +78,6 @@ class Timer:
             for name, s in samples.items()
         }
 
-    def wait_until_idle(self) -> None:
-        """Sleep until nobody else computes, or patience ends."""
-        self.samples += 1
-        while self.patience_s > 0 and Path("/proc/stat").exists():
-            before = busy_ticks()
-            time.sleep(0.1)
-            used, total = busy_ticks() - before
-            self.patience_s -= 0.1
-            if used <= 0.06 * total:
-                self.quiet += 1
-                return
-
 
 def burst(work: Callable, seconds: float) -> tuple[float, float]:
     """Call again and again for a while: wall and CPU seconds per call."""
@@ -100,12 +86,6 @@ def burst(work: Callable, seconds: float) -> tuple[float, float]:
         work()
         calls += 1
     return (time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls
-
-
-def busy_ticks() -> np.ndarray:
-    """Ticks of all cores since boot: (used, all)."""
-    ticks = np.array(Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:], float)
-    return np.array([ticks.sum() - ticks[3] - ticks[4], ticks.sum()])
 
 
 def check(name: str, result, expected, atol: float) -> None:
@@ -265,22 +245,10 @@ def working_memory() -> dict:
 
 
 def machine(options: argparse.Namespace) -> dict:
-    """Where and when, without names."""
-    model = platform.processor() or "unknown"
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
     names = ("torch", "torchaudio", "numba", "numpy", "scikit-image")
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "lanes": LANES,
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in names} | {"dali": peers.dali_version()},
-        "load_average": [round(value, 1) for value in os.getloadavg()],
-        "command": f"python benchmarks/kernels.py --rounds {options.rounds} --patience {options.patience:g}",
-    }
+    versions = {name: version(name) for name in names} | {"dali": peers.dali_version()}
+    command = f"python benchmarks/kernels.py --rounds {options.rounds} --patience {options.patience:g}"
+    return common.machine(versions, command) | {"lanes": LANES}
 
 
 def verdicts(tables: dict) -> list[dict]:
@@ -303,37 +271,26 @@ def verdicts(tables: dict) -> list[dict]:
         ("two threads against one", gain("one thread", "two Python threads"), ">=", 1.8, "x"),
         ("first call, compiling, CPU time", tables["compile"]["empty cache"]["cpu_s"], "<=", 5.0, "s"),
     ]
-    rows = []
-    for what, value, sign, limit, unit in found:
-        met = value <= limit if sign == "<=" else value >= limit
-        rows.append({"what": what, "found": round(value, 3), "unit": unit, "required": f"{sign} {limit:g}", "met": met})
-        if what.startswith("two threads"):
-            bare = gain("loop without memory, one thread", "loop without memory, two threads")
-            if bare < limit:
-                rows[-1] |= {"met": None, "why": f"a bare arithmetic loop gained {bare:.2f} x: no second core was free"}
+    rows = [common.verdict(*row) for row in found]
+    bare = gain("loop without memory, one thread", "loop without memory, two threads")
+    for row in rows:
+        if row["what"].startswith("two threads") and bare < 1.8:
+            row |= {"met": None, "why": f"a bare arithmetic loop gained {bare:.2f} x: no second core was free"}
     return rows
 
 
 def markdown(results: dict) -> str:
     """The results as one page."""
-    about = results["machine"]
-    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     lines = [
         "# Kernels",
         "",
-        f"{about['date']}, {about['cpu']}, {about['cores']} cores, Python {about['python']}, {versions}; load average "
-        f"{about['load_average'][0]} at the start, machine otherwise idle in {about['samples_on_an_idle_machine']} "
-        f"samples. `{about['command']}`",
+        common.machine_line(results["machine"]),
         "",
         "One thread, 10 s clip at 16 kHz, medians over rounds in which every row is timed once. CPU is the time of all "
         "threads: on a busy machine it says more than the wall time, and no number of threads gains there.",
         "",
-        "| requirement | found | required | |",
-        "|---|---|---|---|",
+        *common.verdict_lines(results["verdicts"]),
     ]
-    for row in results["verdicts"]:
-        mark = {True: "met", False: "**missed**", None: f"cannot tell: {row.get('why')}"}[row["met"]]
-        lines.append(f"| {row['what']} | {row['found']:.2f} {row['unit']} | {row['required']} {row['unit']} | {mark} |")
     for title, unit in (("fbank", "clip"), ("hog", "clip"), ("fused", "clip"), ("threads", "clip"), ("masks", "batch")):
         first = next(iter(results[title].values()))["median_ms"]
         lines += ["", f"## {title}", "", f"| | ms per {unit} | best | CPU | relative to the first row |"]
@@ -363,12 +320,12 @@ def main() -> None:
     results["fused"] = fused_rows(clips, timer)
     results["threads"] = thread_rows(clips, timer)
     results["masks"] = mask_rows(timer)
-    timer.wait_until_idle()
+    timer.idle.wait()
     results["compile"] = compile_seconds()
     results["memory"] = working_memory()
     results["gpu"] = kernels_gpu.measure()
     results["verdicts"] = verdicts(results)
-    results["machine"]["samples_on_an_idle_machine"] = f"{timer.quiet} of {timer.samples}"
+    results["machine"]["samples_on_an_idle_machine"] = str(timer.idle)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "kernels.json").write_text(json.dumps(results, indent=1) + "\n")
     (options.out / "kernels.md").write_text(markdown(results))

@@ -38,8 +38,9 @@ import numpy as np
 
 from fastsskd.audio_chunks import probe_aiff, probe_wav
 from fastsskd.audio_flac import probe_flac
-from fastsskd.audio_info import AudioInfo, BadClip
+from fastsskd.audio_info import AudioInfo, BadClip, Sliceable
 from fastsskd.audio_ogg import probe_ogg
+from fastsskd.clip_bytes import ClipBytes
 
 __all__ = ["AudioInfo", "BadClip", "check_decoded", "check_decoded_length", "probe"]
 
@@ -73,11 +74,11 @@ NOT_AUDIO = {b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "a gzip archive", b"\x
 }
 
 
-def probe(data: bytes | bytearray | memoryview | mmap.mmap) -> AudioInfo:
+def probe(data: bytes | bytearray | memoryview | mmap.mmap | ClipBytes) -> AudioInfo:
     """Read and check the header of an encoded clip without decoding it.
 
     Args:
-        data: the whole file.
+        data: the whole file. Of ``ClipBytes`` that hold a WAV or AIFF file only the headers are read.
 
     Returns:
         Format, sampling rate (Hz), channels and samples per channel.
@@ -85,13 +86,21 @@ def probe(data: bytes | bytearray | memoryview | mmap.mmap) -> AudioInfo:
     Raises:
         BadClip: not a WAV, FLAC, Ogg or AIFF file, or one that is cut, damaged or not believable.
     """
+    if isinstance(data, ClipBytes):
+        if _parser(data) in (probe_wav, probe_aiff):
+            return _probe(data)
+        data = data.read().data
     with memoryview(data) as view:
-        try:
-            return _parser(view)(view)
-        except BadClip as bad:
-            reason = str(bad)
-        except (struct.error, IndexError):
-            reason = "truncated: its header is cut short"
+        return _probe(view)
+
+
+def _probe(data: Sliceable) -> AudioInfo:
+    try:
+        return _parser(data)(data)
+    except BadClip as bad:
+        reason = str(bad)
+    except (struct.error, IndexError):
+        reason = "truncated: its header is cut short"
     # Outside of the handler: the first exception's frames would keep a memory-mapped file from being closed.
     raise BadClip(reason)
 
@@ -133,7 +142,7 @@ def check_decoded(waveform: np.ndarray, info: AudioInfo, sample_rate: int | None
         raise BadClip("NaN or infinite samples" if not np.isfinite(peak) else f"samples of up to {peak:.0e}, not audio")
 
 
-def _parser(data: memoryview):
+def _parser(data: Sliceable):
     """The function for this file's format, told by its first bytes and never by its name."""
     head = bytes(data[:16])
     if head[:4] in (b"RIFF", b"RF64") and head[8:12] == b"WAVE":
@@ -152,7 +161,7 @@ def _parser(data: memoryview):
     raise BadClip(_what_is_it(data))
 
 
-def _what_is_it(data: memoryview) -> str:
+def _what_is_it(data: Sliceable) -> str:
     """Name of what is not one of our formats."""
     if not len(data):
         return "empty file"

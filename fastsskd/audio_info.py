@@ -1,10 +1,19 @@
 """What a file's header says, and the one exception for a clip that must not be used."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 MIN_RATE, MAX_RATE = 1_000, 768_000
 """Sampling rates (Hz) we believe. Resampling 1 Hz to 16 kHz would turn a small file into gigabytes."""
 MAX_CHANNELS = 32
+
+
+class Sliceable(Protocol):
+    """The bytes of a file: a ``memoryview`` of them all, or what reads them when it is sliced."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, places: slice) -> "bytes | memoryview": ...
 
 
 class BadClip(Exception):
@@ -21,12 +30,16 @@ class AudioInfo:
         channels: number of channels.
         num_frames: samples per channel, None where the header does not tell (block-coded WAV and AIFF-C, an
             Ogg stream cut out of a longer one).
+        sample_type: NumPy's name for the type of samples that need no decoding ("<i2", "<f4"), "" = must be decoded.
+        samples_at: first byte of such samples, interleaved channels.
     """
 
     format: str
     sample_rate: int
     channels: int
     num_frames: int | None
+    sample_type: str = ""
+    samples_at: int = 0
 
     @property
     def seconds(self) -> float | None:

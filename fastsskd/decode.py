@@ -1,9 +1,9 @@
 """Encoded audio -> mono waveforms at the file's own rate, in DALI. The only file that imports ``nvidia.dali``.
 
-The pipeline decodes and downmixes, in DALI's threads and ahead of the caller. It is the same with and without a GPU:
-DALI's audio decoder runs on the CPU only. The rest is not left to DALI: features would not be those the teachers
-were trained on: its resampler (2.4.0) folds everything above the new Nyquist frequency back into the clip, its mel
-filters are not Kaldi's, and it has no per-frame DC removal. ``fastsskd_kernels`` does these (see ``stream.py``).
+The pipeline decodes and downmixes. It is the same with and without a GPU: DALI's audio decoder runs on the CPU only.
+The rest is not left to DALI: features would not be those the teachers were trained on: its resampler (2.4.0) folds
+everything above the new Nyquist frequency back into the clip, its mel filters are not Kaldi's, and it has no per-frame
+DC removal. ``fastsskd_kernels`` does these (see ``stream.py``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Decoded:
     """A decoded clip.
 
     Attributes:
-        samples: ``(S,)`` float32, mono; a view that the next ``run`` of the decoder overwrites.
+        samples: ``(S,)`` float32, mono; a view that the decoder's next call overwrites.
         rate: Hz, as the decoder gave it.
     """
 
@@ -29,7 +29,7 @@ class Decoded:
 
 
 class DecodeError(Exception):
-    """DALI refused a batch; ``str()`` is its reason in one line. The decoder stays usable."""
+    """DALI refused a file among those it was given; ``str()`` is its reason in one line."""
 
 
 @pipeline_def
@@ -40,57 +40,41 @@ def decode_pipeline(source: Callable[[], list[np.ndarray]]):
 
 
 class Decoder:
-    """The running pipeline.
+    """The pipeline, run by its caller: one a thread, each with a decoding thread of its own.
+
+    Several small pipelines, each called by the thread that goes on with what it gives, decode faster than one of as
+    many threads that works ahead: a clip is still in that core's cache, and no thread waits for the slowest of a batch.
 
     Args:
-        source: called for the next batch of files, in the thread that calls :meth:`run` and ahead of it by ``depth``
-            batches; raises StopIteration at the end.
-        max_batch: most files in a batch.
-        num_threads: DALI's decoding threads.
+        max_clips: most files in a call.
     """
 
-    def __init__(self, source: Callable[[], list[np.ndarray]], *, max_batch: int, num_threads: int, depth: int = 2):
-        self._pipeline = _build(source, max_batch, num_threads, depth)
-        self._rescue: Pipeline | None = None
-        self._rescue_file: list[np.ndarray] = []
+    def __init__(self, max_clips: int):
+        files = self._files = []  # not self: the pipeline would keep its owner alive, and this one the pipeline
+        self._pipeline: Pipeline = decode_pipeline(
+            lambda: files,
+            batch_size=max_clips,
+            num_threads=1,
+            device_id=None,
+            prefetch_queue_depth=1,  # one call, one run; with exec_async=False a refused file would end the pipeline
+        )
+        self._pipeline.build()
 
-    def run(self) -> list[Decoded]:
-        """The next batch.
-
-        Raises:
-            DecodeError: a file of this batch cannot be decoded; the next call gives the next batch.
-            StopIteration: the source has ended and every batch was given.
-        """
-        return _outputs(self._pipeline)
-
-    def run_one(self, file: np.ndarray) -> Decoded:
-        """Decode one file apart from the stream, to find out which one of a refused batch is bad.
+    def decode(self, files: list[np.ndarray]) -> list[Decoded]:
+        """Decode files, ``(num_bytes,)`` uint8 each.
 
         Raises:
-            DecodeError: this one.
+            DecodeError: one of them cannot be decoded; none is returned, and the decoder stays usable.
         """
-        if self._rescue is None:
-            self._rescue = _build(lambda: self._rescue_file, max_batch=1, num_threads=1, depth=1)
-        self._rescue_file = [file]
-        (decoded,) = _outputs(self._rescue)
-        return Decoded(decoded.samples.copy(), decoded.rate)
-
-
-def _build(source: Callable[[], list[np.ndarray]], max_batch: int, num_threads: int, depth: int) -> Pipeline:
-    pipeline = decode_pipeline(
-        source, batch_size=max_batch, num_threads=num_threads, device_id=None, prefetch_queue_depth=depth
-    )
-    pipeline.build()
-    return pipeline
-
-
-def _outputs(pipeline: Pipeline) -> list[Decoded]:
-    try:
-        samples, rates = pipeline.run()
-    except RuntimeError as error:
-        raise DecodeError(_reason(str(error))) from None
-    rates = np.asarray(rates.as_array()).reshape(-1)
-    return [Decoded(np.asarray(samples[i]), int(rates[i])) for i in range(len(samples))]
+        self._files[:] = files
+        try:
+            samples, rates = self._pipeline.run()
+        except RuntimeError as error:
+            raise DecodeError(_reason(str(error))) from None
+        finally:
+            self._files.clear()
+        rates = np.asarray(rates.as_array()).reshape(-1)
+        return [Decoded(np.asarray(samples[i]), int(rates[i])) for i in range(len(samples))]
 
 
 def _reason(message: str) -> str:

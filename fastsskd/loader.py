@@ -19,10 +19,11 @@ import torch
 
 from fastsskd import config, distributed, layouts, manifest
 from fastsskd.batch import Batch
+from fastsskd.clip_reader import SAMPLE_RATE
 from fastsskd.errors import InputError
 from fastsskd.model import num_input_frames
 from fastsskd.sampler import Sampler
-from fastsskd.stream import SAMPLE_RATE, Stream, StreamSettings
+from fastsskd.stream import Stream, StreamSettings
 
 __all__ = ["Batch", "Loader", "default_workers", "open_manifest"]
 
@@ -118,12 +119,12 @@ class Loader:
             self._stream = Stream(self._settings, self.epoch, self.position)
             self._finalizer = weakref.finalize(self, self._stream.stop)
         for _ in range(self.sampler.num_batches(self.position)):
-            batch, position, skipped = self._stream.get()
-            self.position = position
-            if position >= self.sampler.epoch_length and self.train:
+            delivery = self._stream.get()
+            self.position = delivery.position
+            if self.position >= self.sampler.epoch_length and self.train:
                 self.epoch, self.position = self.epoch + 1, 0
-            self._count(len(batch), skipped)
-            yield batch
+            self._count(len(delivery.batch), delivery.skipped)
+            yield delivery.batch
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor. It is global: any rank's state resumes all ranks, with any world size, workers and batch size."""

@@ -5,19 +5,21 @@ numba version beside it that gives the same numbers. Nothing here reads a file, 
 """
 
 from fastsskd_kernels.backend import resolve_backend
-from fastsskd_kernels.crop import crop_or_loop, crop_start
+from fastsskd_kernels.crop import INT16_SCALE, crop_or_loop, crop_start
 from fastsskd_kernels.fbank import fbank
 from fastsskd_kernels.features import features, pad_frames, padded_frames
 from fastsskd_kernels.hog import hog, hog_patch_mean
 from fastsskd_kernels.kaldi import num_frames
 from fastsskd_kernels.masks import inter_patch_mask, intra_patch_mask, patch_weight
 from fastsskd_kernels.random import derive_seed, derive_seeds, uniform
-from fastsskd_kernels.resample import resample_crop_or_loop, resample_into, resample_table, resampled_length
+from fastsskd_kernels.resample import crop_inputs_range, resample_crop_or_loop, resample_table, resampled_length
 from fastsskd_kernels.resample_torch import CropInputs, crop_inputs, has_device_form, resample_on_device
 
 __all__ = [
+    "INT16_SCALE",
     "CropInputs",
     "crop_inputs",
+    "crop_inputs_range",
     "crop_or_loop",
     "crop_start",
     "derive_seed",
@@ -34,7 +36,6 @@ __all__ = [
     "padded_frames",
     "patch_weight",
     "resample_crop_or_loop",
-    "resample_into",
     "resample_on_device",
     "resample_table",
     "resampled_length",

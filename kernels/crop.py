@@ -66,17 +66,28 @@ def crop_or_loop(
         out = np.empty(num_samples, np.float32)
     elif out.shape != (num_samples,) or out.dtype != np.float32:
         raise ValueError(f"out: expected float32 of shape ({num_samples},), got {out.dtype} {out.shape}")
-    _copy_looped(waveform, start, np.float32(INT16_SCALE if waveform.dtype == np.int16 else 1.0), out)
+    _copy_looped(waveform, full_scale(waveform), start, out)
     return out
 
 
+def full_scale(samples: np.ndarray) -> np.float32:
+    """What brings the samples to [-1, 1): float32 is there, int16 is not."""
+    return np.float32(INT16_SCALE if samples.dtype == np.int16 else 1.0)
+
+
 @njit
-def _copy_looped(waveform, start, scale, out):
+def _copy_looped(waveform, scale, start, out):
     """Copy run by run: no modulo per sample, and each run is a loop that vectorises."""
     done = 0
     while done < out.size:
         run = min(out.size - done, waveform.size - start)
-        for i in range(run):
-            out[done + i] = np.float32(waveform[start + i]) * scale
+        copy_scaled(waveform[start : start + run], scale, out[done : done + run])
         done += run
         start = 0
+
+
+@njit
+def copy_scaled(samples, scale, out):
+    """``samples * scale`` as float32; both of one length."""
+    for i in range(len(out)):
+        out[i] = np.float32(samples[i]) * scale

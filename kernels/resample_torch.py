@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fastsskd_kernels.crop import crop_start
+from fastsskd_kernels.crop import INT16_SCALE, crop_start
 from fastsskd_kernels.resample import MAX_PHASES, resample_table, resampled_length
 
 
@@ -20,7 +20,8 @@ class CropInputs:
     """What of a clip its crop is made from.
 
     Attributes:
-        samples: (L,) float32 at the clip's rate, with the filter's reach on either side, zero beyond the clip.
+        samples: (L,) float32, or int16 full scale, at the clip's rate, with the filter's reach on either side, zero
+            beyond the clip.
         rate: Hz.
         offset: output of ``samples`` at which the crop starts.
         period: outputs after which the clip repeats; the crop's length or more for a clip that is long enough.
@@ -38,43 +39,53 @@ def has_device_form(rate: int, rate_out: int = 16000) -> bool:
 
 
 def crop_inputs(
-    waveform: np.ndarray, rate: int, num_samples: int, position: float, rate_out: int = 16000
+    waveform: np.ndarray,
+    rate: int,
+    num_samples: int,
+    position: float,
+    rate_out: int = 16000,
+    *,
+    begin: int = 0,
+    length: int | None = None,
 ) -> CropInputs:
     """Cut out what the crop or loop at ``position`` needs; arguments as in ``resample_crop_or_loop``."""
     table, up, down = resample_table(rate, rate_out)
     taps = table.shape[1] // 2
-    length = resampled_length(len(waveform), up, down)
-    start = crop_start(position, length, num_samples)
-    is_long = length >= num_samples
+    resampled = resampled_length(len(waveform) if length is None else length, up, down)
+    start = crop_start(position, resampled, num_samples)
+    is_long = resampled >= num_samples
     block = start // up if is_long else 0  # the convolution gives whole blocks of ``up`` outputs
     offset = start - block * up
-    count = offset + num_samples if is_long else length
+    count = offset + num_samples if is_long else resampled
     blocks = -(-count // up)
-    begin = block * down - taps
-    end = begin + (blocks - 1) * down + _reach(up, down, taps)
-    inside = waveform[max(begin, 0) : max(end, 0)]
-    samples = np.zeros(end - begin, np.float32)
-    samples[max(-begin, 0) : max(-begin, 0) + len(inside)] = inside
-    return CropInputs(samples, rate, offset, blocks * up if is_long else length)
+    first = block * down - taps
+    samples = np.zeros((blocks - 1) * down + _reach(up, down, taps), waveform.dtype)
+    left = first - begin  # of the samples wanted, in ``waveform``
+    inside = waveform[max(left, 0) : max(left + len(samples), 0)]
+    samples[max(-left, 0) : max(-left, 0) + len(inside)] = inside
+    return CropInputs(samples, rate, offset, blocks * up if is_long else resampled)
 
 
 def resample_on_device(
     crops: list[CropInputs], num_samples: int, device: torch.device | str, rate_out: int = 16000
 ) -> torch.Tensor:
-    """Resample a batch on ``device``, clips of one rate together.
+    """Resample a batch on ``device``, clips of one rate together; int16 samples cross the bus as they are.
 
     Returns:
         (B, num_samples) float32, within float32 rounding of ``resample_crop_or_loop`` row by row.
     """
     rows = torch.empty(len(crops), num_samples, device=device)
-    for rate in sorted({crop.rate for crop in crops}):
-        places = [place for place, crop in enumerate(crops) if crop.rate == rate]
+    for rate, dtype in sorted({(crop.rate, crop.samples.dtype.name) for crop in crops}):
+        places = [i for i, crop in enumerate(crops) if (crop.rate, crop.samples.dtype) == (rate, dtype)]
         own = [crops[place] for place in places]
         longest = max(len(crop.samples) for crop in own)
-        samples = torch.zeros(len(own), longest, pin_memory=torch.device(device).type == "cuda")
+        pinned = torch.device(device).type == "cuda"
+        samples = torch.zeros(len(own), longest, dtype=getattr(torch, dtype), pin_memory=pinned)
         for row, crop in zip(samples, own, strict=True):
             row[: len(crop.samples)] = torch.from_numpy(crop.samples)
-        out = _convolve(samples.to(device, non_blocking=True), rate, rate_out)
+        samples = samples.to(device, non_blocking=True)
+        samples = samples * INT16_SCALE if dtype == "int16" else samples
+        out = _convolve(samples, rate, rate_out)
         offset = torch.tensor([crop.offset for crop in own], device=device)[:, None]
         period = torch.tensor([crop.period for crop in own], device=device)[:, None]
         index = (offset + torch.arange(num_samples, device=device)) % period

@@ -4,13 +4,18 @@ import threading
 
 import damaged_audio
 import numpy as np
+import pyarrow as pa
 import pytest
 import soundfile
 import torch
 import torchaudio
 
 import fastsskd_kernels as kernels
-from fastsskd import layouts, manifest
+from fastsskd import layouts, manifest, stream
+from fastsskd.audio_file import BadClip
+from fastsskd.clip_bytes import ShardFiles
+from fastsskd.clip_reader import ClipReader, Crop
+from fastsskd.clip_table import SCHEMA
 from fastsskd.errors import InputError
 from fastsskd.loader import Loader
 
@@ -273,17 +278,15 @@ def test_nothing_is_left_running(table):
 
 
 def test_an_error_in_the_producer_reaches_the_consumer(table, monkeypatch):
-    from fastsskd import stream
-
     def broken(*args, **kwargs):
         raise MemoryError("no room")
 
     monkeypatch.setattr(stream.kernels, "features", broken)
-    loader = Loader(table, batch_size=4, seconds=SECONDS)
+    loader = Loader(table, batch_size=4, seconds=SECONDS, train=True)
     with pytest.raises(MemoryError, match="no room"):
         next(iter(loader))
     with pytest.raises(RuntimeError, match="ended after an error"):  # rather than wait for ever
-        loader._stream.get()
+        next(iter(loader))
     loader.close()
 
 
@@ -298,24 +301,24 @@ def test_arguments_are_checked(table):
 
 def test_the_inputs_for_a_gpu_give_the_same_waveforms(damaged):
     """The producer's way to a GPU, as far as a machine without one can go: the same steps, on a CPU."""
-    from fastsskd import stream
-    from fastsskd.decode import Decoder
-
     table, good, _ = damaged
-    decoder, compared = Decoder(lambda: [], max_batch=1, num_threads=1), 0
-    for i in range(len(table)):
-        if table.path(i).name not in good:
-            continue
-        data = np.fromfile(table.path(i), np.uint8)
-        clip = decoder.run_one(data)
-        for segment in ((0.0, -1.0), (0.01, 0.05)):
-            file = stream._File(data, stream.probe(data.data), 0.37, segment)
-            row = np.empty(15360, np.float32)
-            on_cpu, inputs = stream._cut_one(file, clip, row), stream._inputs_one(file, clip, 15360)
-            if on_cpu is not None:  # a clip shorter than the segment
-                assert str(on_cpu) == str(inputs)
+    compared = 0
+    for segment in ((0.0, -1.0), (0.01, 0.05)):
+        columns = table.table
+        for name, value in zip(("start", "end"), segment, strict=True):
+            values = pa.array([value] * len(table), pa.float32())
+            columns = columns.set_column(SCHEMA.get_field_index(name), SCHEMA.field(name), values)
+        reader, crop = ClipReader(table.replace(table=columns), ShardFiles(), 1), Crop(15360, 0.37)
+        for i in range(len(table)):
+            if table.path(i).name not in good:
                 continue
-            waveform = kernels.resample_on_device([inputs], 15360, "cpu")[0]
+            ((_, clip),) = reader.read([i], [crop])
+            if isinstance(clip, BadClip):  # shorter than where the segment starts
+                assert "before its segment" in str(clip)
+                continue
+            row = np.empty(15360, np.float32)
+            stream.crop_into(row, clip, crop)
+            waveform = kernels.resample_on_device([stream.inputs_for_device(clip, crop)], 15360, "cpu")[0]
             np.testing.assert_allclose(waveform, row, atol=2e-5 * max(1.0, np.abs(row).max()))
             compared += 1
     assert compared > 30

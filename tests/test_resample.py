@@ -60,6 +60,39 @@ def test_a_crop_is_the_crop_of_the_whole_clip(rate, position):
         np.testing.assert_array_equal(out, expected)
 
 
+@pytest.mark.parametrize("rate", [8000, 16000, 44100, 44056])
+def test_a_crop_needs_its_own_samples_only(rate):
+    """What lies outside of the range that is told may be anything: here it is cut off, or NaN."""
+    samples = np.random.default_rng(2).standard_normal(2 * rate).astype(np.float32)
+    for num_samples in (1, 4000, 31999, 40000):
+        for position in (0.0, 0.37, 0.9999):
+            expected = kernels.resample_crop_or_loop(samples, rate, num_samples, position)
+            begin, end = kernels.crop_inputs_range(len(samples), rate, num_samples, position)
+            assert 0 <= begin < end <= len(samples)
+            assert end - begin <= min(len(samples), (num_samples + 90) * max(rate / 16000, 1.0) + 2)
+            part, where = samples[begin:end].copy(), {"begin": begin, "length": len(samples)}
+            out = kernels.resample_crop_or_loop(part, rate, num_samples, position, **where)
+            np.testing.assert_array_equal(out, expected)
+            if kernels.has_device_form(rate):
+                inputs = kernels.crop_inputs(part, rate, num_samples, position, **where)
+                whole = kernels.crop_inputs(samples, rate, num_samples, position)
+                on_device = [kernels.resample_on_device([i], num_samples, "cpu") for i in (inputs, whole)]
+                np.testing.assert_allclose(on_device[0], on_device[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [16000, 44100])
+def test_16_bit_samples_give_what_their_floats_give(rate):
+    samples = np.random.default_rng(3).integers(-32768, 32768, rate, dtype=np.int16)
+    as_float = samples.astype(np.float32) / 32768
+    for num_samples in (4000, 20000):
+        expected = kernels.resample_crop_or_loop(as_float, rate, num_samples, 0.3)
+        np.testing.assert_array_equal(kernels.resample_crop_or_loop(samples, rate, num_samples, 0.3), expected)
+        inputs = [kernels.crop_inputs(clip, rate, num_samples, 0.3) for clip in (samples, as_float)]
+        assert inputs[0].samples.dtype == np.int16
+        both = kernels.resample_on_device(inputs, num_samples, "cpu")
+        np.testing.assert_allclose(both[0], both[1], atol=1e-6)
+
+
 def test_rates_without_a_small_ratio():
     out = kernels.resample_crop_or_loop(tone(1000, 44101), 44101, 16000)
     np.testing.assert_allclose(out[300:-300], tone(1000, 16000)[300:-300], atol=2e-3)
