@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,9 +12,12 @@ import torch
 
 import fastsskd_kernels as kernels
 from fastsskd.audio_file import BadClip, probe
+from fastsskd.clip_bytes import ShardFiles
+from fastsskd.clip_reader import ClipReader, Crop, open_clip
 from fastsskd.errors import InputError
 from fastsskd.loader import Loader, default_workers
 from fastsskd.manifest import Manifest
+from fastsskd.stream import PART
 
 
 def find_bad(manifest: Manifest, *, workers: int = 0) -> Iterator[tuple[int, dict[str, str]]]:
@@ -22,16 +26,21 @@ def find_bad(manifest: Manifest, *, workers: int = 0) -> Iterator[tuple[int, dic
     Yields:
         Clips looked at so far, and the reason by key of those found bad so far.
     """
-    # The shortest crop that has a feature frame: the file is decoded whole whatever the crop.
-    loader = Loader(manifest, batch_size=16, seconds=0.16, workers=workers)
-    done = 0
-    try:
-        for batch in loader:
-            done = min(done + loader.sampler.global_batch, len(manifest))
-            yield done, loader.skipped
-            del batch
-    finally:
-        loader.close()
+    shards, own, bad = ShardFiles(), threading.local(), {}
+
+    def look(part: range) -> dict[str, str]:
+        if not hasattr(own, "reader"):
+            own.reader = ClipReader(manifest, shards, PART)
+        results = own.reader.read(list(part), [Crop(None)] * len(part))
+        return {manifest.key(part[i]): str(result) for i, result in results if isinstance(result, BadClip)}
+
+    with ThreadPoolExecutor(workers or default_workers()) as pool:
+        for start in range(0, len(manifest), 16 * PART):
+            stop = min(start + 16 * PART, len(manifest))
+            parts = [range(first, min(first + PART, stop)) for first in range(start, stop, PART)]
+            for found in pool.map(look, parts):
+                bad |= found
+            yield stop, bad
 
 
 def feature_statistics(
@@ -73,9 +82,11 @@ def feature_statistics(
 def headers(manifest: Manifest, *, workers: int = 0) -> dict[str, Any]:
     """Lengths, sampling rates, formats and channels as the files' headers tell them."""
 
+    shards = ShardFiles()
+
     def read(i: int) -> Any:
         try:
-            return probe(np.fromfile(manifest.path(i), np.uint8).data)
+            return probe(open_clip(manifest, i, shards))
         except (BadClip, OSError):
             return None
 

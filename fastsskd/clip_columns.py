@@ -25,6 +25,7 @@ def from_columns(
     ends=None,
     offsets=None,
     sizes=None,
+    weights=None,
     source: str = "",
     absent: Sequence[str] = (),
 ) -> Manifest:
@@ -40,6 +41,7 @@ def from_columns(
         folds: (n,) int, default 0. splits: (n,) int codes, default 0.
         starts: (n,) seconds, default 0. ends: (n,) seconds, default -1.
         offsets: (n,) first byte of each clip inside its file, default 0. sizes: (n,) its bytes, default -1 = all.
+        weights: (n,) sampling weights, default 1.
         source: name of the layout.
         absent: names of listed files that are not there.
 
@@ -60,6 +62,7 @@ def from_columns(
         "split": _filled(splits, n, 0, np.int8),
         "start": _filled(starts, n, WHOLE_FILE[0], np.float32),
         "end": _filled(ends, n, WHOLE_FILE[1], np.float32),
+        "weight": _filled(weights, n, 1.0, np.float32),
         "bad": pa.repeat("", n),
     }
     table = pa.table([columns[name] for name in SCHEMA.names], schema=SCHEMA)

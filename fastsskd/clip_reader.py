@@ -96,8 +96,7 @@ class ClipReader:
                 yield place, bad
 
     def _open(self, i: int, crop: Crop) -> Window | _Encoded:
-        path, (offset, size) = self._manifest.path(i), self._manifest.extent(i)
-        clip = ClipBytes(OpenFile(path) if size < 0 else self._shards.open(path), offset, size)
+        clip = open_clip(self._manifest, i, self._shards)
         if clip[:4] in (b"RIFF", b"RF64"):
             info = probe(clip)
             if info.sample_type in self._direct:
@@ -153,3 +152,13 @@ class ClipReader:
         if first >= last:
             raise BadClip(f"is over before its segment begins, at {start:g} s")
         return first, last
+
+
+def open_clip(manifest: Manifest, i: int, shards: ShardFiles) -> ClipBytes:
+    """The bytes of a clip, in a file of its own or in a shard, which then stays open.
+
+    Raises:
+        OSError: the file is not there or cannot be read.
+    """
+    path, (offset, size) = manifest.path(i), manifest.extent(i)
+    return ClipBytes(OpenFile(path) if size < 0 else shards.open(path), offset, size)

@@ -22,6 +22,8 @@ WHOLE_FILE = (0.0, -1.0)
 """The segment of a clip that is a whole file: start 0 s, no end."""
 ALL_BYTES = (0, -1)
 """The extent of a clip that has a file of its own: first byte 0, no end."""
+PACKED_MANIFEST = "packed.manifest"
+"""Name of the manifest in a folder that `fastsskd pack` made."""
 PACKED = "pack"
 """The source of a manifest that `fastsskd pack` made: each clip was decoded and checked, and the manifest lies beside
 the shards and moves with them."""
@@ -41,6 +43,10 @@ SCHEMA = pa.schema(
         ("split", pa.int8()),  # 0 none, 1 train, 2 eval
         ("start", pa.float32()),  # seconds inside the file
         ("end", pa.float32()),  # seconds, -1 = to the end
+        (
+            "weight",
+            pa.float32(),
+        ),  # how often training draws it, if it draws by weight; 1 = as any other
         ("bad", pa.string()),  # why the clip must not be used, "" = good
     ]
 )
@@ -145,6 +151,11 @@ class Manifest:
     def splits(self) -> np.ndarray:
         """(n,) int8: `SPLIT_NONE`, `SPLIT_TRAIN` or `SPLIT_EVAL`."""
         return self._column("split")
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """(n,) float32 sampling weight of each clip, as the data set's list gives it; 1 where none does."""
+        return self._column("weight")
 
     @cached_property
     def good(self) -> np.ndarray:

@@ -58,9 +58,15 @@ class DataConfig:
     mean: float = _option(AUDIOSET_MEAN, "mean of the log-mel features; `fastsskd stats` computes a set's own")
     std: float = _option(AUDIOSET_STD, "standard deviation; features become (x - mean) / (2 * std)", low=1e-6)
     workers: int = _option(0, "decoding and feature threads per rank; 0 = cores / ranks on this machine", low=0)
-    prefetch: int = _option(4, "batches made ready ahead of training", low=1, high=64)
-    balanced: bool = _option(False, "draw clips with AudioSet's class-balanced weights, with replacement")
+    prefetch: int = _option(0, "batches made ready ahead of training; 0 = chosen by their size", low=0, high=64)
+    sampling: str = _option(
+        "uniform",
+        "each clip once an epoch, in random order; or as many draws with replacement, by AudioSet's class-balanced "
+        "weights, or by the manifest's own",
+        choices=("uniform", "balanced", "weights"),
+    )
     max_bad_share: float = _option(0.2, "stop when more than this share of the clips seen is bad", low=0.0, high=1.0)
+    max_bad: int = _option(-1, "stop when more than this many clips are bad; -1 = the share alone decides", low=-1)
 
 
 @dataclass(frozen=True)

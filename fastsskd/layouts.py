@@ -6,6 +6,8 @@
 | AudioSet | `*_segments.csv`; audio named `<ytid>.*` or `Y<ytid>.*` below; `class_labels_indices.csv` beside it |
 | VGGSound | `vggsound.csv`: `ytid,start,label,train|test`; audio named `<ytid>_<start, 6 digits>.*` or `<ytid>.*` |
 | AST JSON | `{"data": [{"wav": path, "labels": "/m/a,/m/b"}]}`; `*class_labels_indices.csv` beside it gives names |
+| packed | `packed.manifest`, written by `fastsskd pack` |
+| WebDataset | tar shards of `key.wav|flac|ogg...` with `key.json` or `key.cls`, see `fastsskd.tar_layout` |
 | folder | `class_name/any/depth/clip.ext`; `train/class_name/...` with `eval/` or `test/`; clips alone = unlabelled |
 | CSV | a manifest written by hand, see `fastsskd.manifest` |
 
@@ -20,9 +22,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
 
-from fastsskd import listed_layouts, manifest
+from fastsskd import listed_layouts, manifest, tar_layout
 from fastsskd.clip_columns import from_columns
-from fastsskd.clip_table import SPLIT_EVAL, SPLIT_TRAIN, Manifest
+from fastsskd.clip_table import PACKED_MANIFEST, SPLIT_EVAL, SPLIT_TRAIN, Manifest
 from fastsskd.errors import InputError
 from fastsskd.files_present import scan_audio
 
@@ -55,10 +57,14 @@ def build(src: str | Path) -> Manifest:
         return listed_layouts.read_ast_json(src)
     if src.suffix.lower() == ".csv":
         return _build_csv(src)
+    if src.suffix.lower() == ".tar":
+        return tar_layout.read_webdataset([src], src.parent, SPLIT_FOLDERS)
     return manifest.load(src)
 
 
 def _build_folder(folder: Path) -> Manifest:
+    if (folder / PACKED_MANIFEST).exists():
+        return manifest.load(folder / PACKED_MANIFEST)
     esc = [path for path in sorted(folder.glob("meta/*.csv")) if _is_esc(path)]
     if esc:
         return read_esc(esc[0])
@@ -68,7 +74,11 @@ def _build_folder(folder: Path) -> Manifest:
     vggsound = _lists_below(folder, "vggsound*.csv", listed_layouts.is_vggsound)
     if vggsound:
         return listed_layouts.read_vggsound(vggsound[0], folder)
-    return read_class_folders(folder)
+    paths = scan_audio(folder)
+    shards = [] if paths else tar_layout.find_shards(folder)
+    if shards:
+        return tar_layout.read_webdataset(shards, folder, SPLIT_FOLDERS)
+    return read_class_folders(folder, paths)
 
 
 def _build_csv(path: Path) -> Manifest:
@@ -100,15 +110,18 @@ def _is_esc(path: Path) -> bool:
     return {"filename", "fold", "target", "category"} <= set(_first_line(path).split(","))
 
 
-def read_class_folders(folder: Path) -> Manifest:
+def read_class_folders(folder: Path, paths: list[str]) -> Manifest:
     """`class_name/any/depth/clip.ext`, classes sorted by name; clips directly in `folder` are unlabelled.
 
     When every top folder is named like a split (`train`, `eval`, `test` ...), classes are the folders inside those.
 
+    Args:
+        folder: the data set.
+        paths: its audio files, see `scan_audio`.
+
     Raises:
         InputError: no audio file at any depth.
     """
-    paths = scan_audio(folder)
     if not paths:
         raise InputError(f"{folder}: no audio file found ({_what_is_there(folder)}): give a folder of audio clips")
     # Empty where the clip does not lie that deep.
@@ -133,8 +146,8 @@ def _level(paths: list[str], depth: int) -> list[str]:
 
 def _what_is_there(folder: Path) -> str:
     suffixes = sorted({path.suffix.lower() or path.name for path in folder.glob("*") if not path.name.startswith(".")})
-    if ".tar" in suffixes:
-        return "tar shards must be unpacked first"
+    if {".gz", ".tgz", ".zst", ".bz2", ".xz"} & set(suffixes):
+        return "compressed archives must be unpacked first, of shards only the compression"
     return f"found only {', '.join(suffixes[:5])}" if suffixes else "it is empty"
 
 

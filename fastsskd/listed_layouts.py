@@ -100,8 +100,10 @@ def read_vggsound(path: Path, audio: Path | None) -> Manifest:
 def read_ast_json(path: Path) -> Manifest:
     """AST's `{"data": [{"wav": path, "labels": "/m/a,/m/b"}]}`; paths are absolute or relative to the list.
 
+    Sampling weights come from `<name>_weight.csv` beside `<name>.json`, one number a line, if it is there.
+
     Raises:
-        InputError: not that JSON, a class that the class list lacks, none of the files there.
+        InputError: not that JSON, a class that the class list lacks, weights that do not fit, none of the files there.
     """
     try:
         entries = json.loads(path.read_bytes())["data"]
@@ -121,9 +123,35 @@ def read_ast_json(path: Path) -> Manifest:
         labels=labels,
         classes=classes,
         multi_label=several,
+        weights=_ast_weights(path, there),
         source="ast_json",
         absent=absent,
     )
+
+
+def read_weights(path: Path) -> np.ndarray:
+    """Sampling weights from a text file, one number a line, as AST's `gen_weight_file.py` writes them: (n,) float64.
+
+    Raises:
+        InputError: the file cannot be read, or holds something else.
+    """
+    try:
+        return np.loadtxt(path, np.float64, ndmin=1)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not sampling weights, one number a line ({error}): write the file anew") from None
+
+
+def _ast_weights(path: Path, there: np.ndarray) -> np.ndarray | None:
+    """Weights of the clips that are there."""
+    file = path.with_name(f"{path.stem}_weight.csv")
+    if not file.exists():
+        return None
+    weights = read_weights(file)
+    if weights.shape != there.shape:
+        raise InputError(
+            f"{file}: {weights.size} weights for the {len(there)} clips of {path.name}: write it anew, or remove it"
+        )
+    return weights[there]
 
 
 def match_stems(files: Sequence[str], candidates: Sequence[pa.Array]) -> pa.Array:

@@ -1,10 +1,10 @@
 """The loader: manifest -> ready batches of features, made ahead of training.
 
-    sampler -> read, probe -> DALI: decode -> crop -> copy -> resample, loop, fbank, HOG -> queue -> training
+    sampler -> read, probe -> (DALI: decode) -> crop -> resample, loop -> fbank, HOG -> batch -> training
 
 What a batch holds is a pure function of (manifest, seed, epoch, position): no thread, rank or clock has a part in it.
 A clip that cannot be used is left out of its batch, which is then smaller, and named in ``skipped``; nothing ever takes
-its place. The work is done by a producer thread (``stream.py``) that keeps ``prefetch`` batches ready.
+its place. The work is done by threads (``stream.py``) that keep ``prefetch`` batches ready.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastsskd import config, distributed, layouts, manifest
+from fastsskd import config, distributed, layouts, listed_layouts, manifest, skip_log
 from fastsskd.batch import Batch
 from fastsskd.clip_reader import SAMPLE_RATE
+from fastsskd.clip_table import PACKED
 from fastsskd.errors import InputError
-from fastsskd.model import num_input_frames
+from fastsskd.model import NUM_MEL_BINS, num_input_frames
 from fastsskd.sampler import Sampler
-from fastsskd.stream import Stream, StreamSettings
+from fastsskd.stream import PART, Stream, StreamSettings
 
 __all__ = ["Batch", "Loader", "default_workers", "open_manifest"]
 
+MAX_AHEAD = 1 << 30
+"""Bytes of features that are made ahead when ``prefetch`` is not given."""
 _FEW_CLIPS = 100  # the share of bad clips means nothing before this many
 
 
@@ -34,7 +37,7 @@ class Loader:
     """Iterate over an epoch's batches; iterate again for the next epoch.
 
     Args:
-        manifest: a :class:`~fastsskd.manifest.Manifest`, a manifest file, or a folder that can be indexed.
+        manifest: a :class:`~fastsskd.manifest.Manifest`, its file, or a folder of clips or shards.
         batch_size: clips per rank and batch.
         seconds: length of the crops; shorter clips are looped.
         train: shuffle, random crops. Otherwise the manifest's order, from the start of each clip.
@@ -42,12 +45,15 @@ class Loader:
         rank, world_size: this rank's share of each global batch.
         device: ``"cpu"``, ``"gpu"``, ``"cuda"`` or ``"cuda:N"``: where the batches are made and end up.
         workers: threads for reading, decoding and (on a CPU) features; None or 0 = this rank's share of the cores.
-        prefetch: batches kept ready ahead of the consumer.
+        prefetch: batches kept ready ahead of the consumer; None or 0 = enough to keep all workers busy, within
+            ``MAX_AHEAD`` bytes.
         waveform: put the waveform in the batch, for a teacher that has its own features.
         mean, std: normalisation, ``(x - mean) / (2 * std)``.
         drop_last_to: drop an epoch's tail to a multiple of this many clips; 0 = every clip exactly once.
-        weights: sampling weight of each clip, see :class:`~fastsskd.sampler.Sampler`.
+        weights: sampling weight of each clip, see :class:`~fastsskd.sampler.Sampler`; or a file of them, one a line.
         max_bad_share: raise :class:`InputError` when a larger share of the clips seen is bad; None = never.
+        max_bad: raise it when more clips than this are bad; None = never.
+        skip_log: file that the clips left out are added to, ``key<TAB>reason``; it may be shared.
 
     Attributes:
         skipped: reason by key of every clip left out so far.
@@ -66,18 +72,21 @@ class Loader:
         world_size: int = 1,
         device: torch.device | str = "cpu",
         workers: int | None = None,
-        prefetch: int = 4,
+        prefetch: int | None = None,
         waveform: bool = False,
         mean: float = config.AUDIOSET_MEAN,
         std: float = config.AUDIOSET_STD,
         drop_last_to: int = 0,
-        weights: np.ndarray | None = None,
+        weights: np.ndarray | str | Path | None = None,
         max_bad_share: float | None = None,
+        max_bad: int | None = None,
+        skip_log: str | Path | None = None,
     ):
         self.manifest = open_manifest(manifest)
         self.train, self.seed = train, seed
         self.device, self.workers = _device(device), workers or default_workers()
-        self.max_bad_share = max_bad_share
+        self.max_bad_share, self.max_bad = max_bad_share, max_bad
+        self.skip_log = None if skip_log is None else Path(skip_log)
         self.sampler = Sampler(
             len(self.manifest),
             batch_size=batch_size,
@@ -85,9 +94,10 @@ class Loader:
             seed=seed,
             rank=rank,
             world_size=world_size,
-            weights=weights,
+            weights=listed_layouts.read_weights(Path(weights)) if isinstance(weights, str | Path) else weights,
             drop_last_to=drop_last_to,
         )
+        self.prefetch = prefetch or _choose_prefetch(batch_size, seconds, self.workers)
         self._settings = StreamSettings(
             manifest=self.manifest,
             sampler=self.sampler,
@@ -99,7 +109,7 @@ class Loader:
             std=std,
             device=self.device,
             workers=self.workers,
-            prefetch=prefetch,
+            prefetch=self.prefetch,
             waveform=waveform,
         )
         self.skipped: dict[str, str] = {}
@@ -125,6 +135,15 @@ class Loader:
                 self.epoch, self.position = self.epoch + 1, 0
             self._count(len(delivery.batch), delivery.skipped)
             yield delivery.batch
+
+    def describe(self) -> str:
+        """How it works, in one line: the numbers it chose by itself or was given."""
+        mega = self.prefetch * self.sampler.batch_size * self._settings.num_frames * NUM_MEL_BINS * 4 / 1e6
+        source = "packed shards" if self.manifest.source == PACKED else self.manifest.source or "clips"
+        return (
+            f"{len(self.manifest)} clips ({source}), {self.workers} worker thread(s), {self.prefetch} batches of "
+            f"{self.sampler.batch_size} ahead ({mega:.0f} MB)"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor. It is global: any rank's state resumes all ranks, with any world size, workers and batch size."""
@@ -161,13 +180,20 @@ class Loader:
 
     def _count(self, num_good: int, skipped: dict[str, str]) -> None:
         self._seen += num_good + len(skipped)
-        self.skipped.update(skipped)
-        many = self.max_bad_share is not None and self._seen >= min(_FEW_CLIPS, len(self.manifest))
-        if many and len(self.skipped) > self.max_bad_share * min(self._seen, len(self.manifest)):
+        new = {key: reason for key, reason in skipped.items() if key not in self.skipped}
+        self.skipped.update(new)
+        if new and self.skip_log is not None:
+            skip_log.append(self.skip_log, new)
+        bad, seen = len(self.skipped), min(self._seen, len(self.manifest))
+        limit = ""
+        if self.max_bad is not None and bad > self.max_bad:
+            limit = f"data.max_bad = {self.max_bad}"
+        elif self.max_bad_share is not None and seen >= min(_FEW_CLIPS, len(self.manifest)):
+            limit = f"data.max_bad_share = {self.max_bad_share:g}" if bad > self.max_bad_share * seen else ""
+        if limit:
             key, reason = next(iter(self.skipped.items()))
             raise InputError(
-                f"{len(self.skipped)} of {min(self._seen, len(self.manifest))} clips are bad, more than "
-                f"data.max_bad_share = {self.max_bad_share:g} (first: {key}: {reason}); run `fastsskd check`"
+                f"{bad} of {seen} clips are bad, more than {limit} (first: {key}: {reason}); run `fastsskd check`"
             )
 
 
@@ -177,6 +203,12 @@ def open_manifest(source: Any) -> manifest.Manifest:
         return source
     path = Path(source)
     return layouts.build(path) if path.is_dir() else manifest.load(path)
+
+
+def _choose_prefetch(batch_size: int, seconds: float, workers: int) -> int:
+    """Two batches that are ready, and behind them a part and the next for each worker; within ``MAX_AHEAD``."""
+    bytes_each = batch_size * num_input_frames(seconds) * NUM_MEL_BINS * 4
+    return max(2, min(2 + -(-2 * workers * PART // batch_size), MAX_AHEAD // bytes_each, 64))
 
 
 def default_workers() -> int:

@@ -8,7 +8,8 @@ milliseconds and every rank of a node shares the same pages. A CSV with a `path`
     street/b.flac,dog;car,2,eval
 
 Only `path` is required; it is relative to the CSV. Several labels are separated by `;`. `split` is empty, `train` or
-`eval` (or `test`); `fold` counts from 1. `key`, `start` and `end` (seconds) are read as well.
+`eval` (or `test`); `fold` counts from 1. `key`, `start` and `end` (seconds) and `weight` (how often training draws the
+clip, with data.sampling = "weights") are read as well.
 """
 
 import difflib
@@ -43,7 +44,7 @@ ARROW_MAGIC = b"ARROW1"
 METADATA_KEY = b"fastsskd.manifest"
 VERSION = 2
 SPLIT_CODES = {"": SPLIT_NONE, "train": SPLIT_TRAIN, "eval": SPLIT_EVAL, "test": SPLIT_EVAL}
-CSV_COLUMNS = ("path", "key", "label", "labels", "fold", "split", "start", "end")
+CSV_COLUMNS = ("path", "key", "label", "labels", "fold", "split", "start", "end", "weight")
 
 
 def load(path: str | Path) -> Manifest:
@@ -179,6 +180,7 @@ def _load_csv(path: Path) -> Manifest:
         splits=_split_codes(path, columns.get("split")),
         starts=_numbers(path, columns, "start", pa.float32(), WHOLE_FILE[0]),
         ends=_numbers(path, columns, "end", pa.float32(), WHOLE_FILE[1]),
+        weights=_numbers(path, columns, "weight", pa.float32(), 1.0),
         source="csv",
         absent=absent,
     )

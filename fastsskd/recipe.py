@@ -103,7 +103,8 @@ class Recipe:
 
     def _score(self, models: Iterable[tuple[ACM, weights.ModelInfo]]) -> dict[str, Any]:
         clips, workers = self.data.evaluation, self.config.data.workers
-        scores = mean_scores(models, clips, self.sizes.micro, device=self.device, workers=workers)
+        options = {"device": self.device, "workers": workers, "skip_log": self.folder.skip_log}
+        scores = mean_scores(models, clips, self.sizes.micro, **options)
         self.skipped.update(scores.skipped)
         return summarise(scores.probs, scores, clips)
 
@@ -149,6 +150,7 @@ class Recipe:
         module = self._module(stage, self._start_model(stage), teacher)
         untrained = {n: p.detach().clone() for n, p in module.model.named_parameters() if not p.requires_grad}
         loader = self._loader(stage, waveform=teacher is not None)
+        self.folder.say(f"{stage.name}: loads {loader.describe()}")
         engine, *_ = deepspeed.initialize(
             model=module.to(self.device),
             optimizer=build_optimizer(module, self._settings(stage), self.config.optim),
@@ -244,9 +246,11 @@ class Recipe:
 
     def _loader(self, stage: Stage, waveform: bool) -> Loader:
         data, clips = self.config.data, self._clips(stage)
-        balanced = None
-        if data.balanced and clips.classes:
-            balanced = balanced_weights(clips)
+        sampling = None
+        if data.sampling == "weights":
+            sampling = clips.weights
+        elif data.sampling == "balanced" and clips.classes:
+            sampling = balanced_weights(clips)
         return Loader(
             clips,
             batch_size=self.sizes.micro,
@@ -262,8 +266,10 @@ class Recipe:
             mean=data.mean,
             std=data.std,
             drop_last_to=self.sizes.total,
-            weights=balanced,
+            weights=sampling,
             max_bad_share=data.max_bad_share,
+            max_bad=data.max_bad if data.max_bad >= 0 else None,
+            skip_log=self.folder.skip_log,
         )
 
     def _info(self) -> weights.ModelInfo:

@@ -49,7 +49,7 @@ def _skipped(path: Path, skipped: dict[str, str]) -> list[str]:
         return []
     text = [f"{len(skipped)} clip(s) could not be used and were left out:"]
     text += [f"  {key}: {reason}" for key, reason in list(skipped.items())[:20]]
-    return text if len(skipped) <= 20 else [*text, f"  ... all of them in {path}/result.json"]
+    return text if len(skipped) <= 20 else [*text, f"  ... all of them in {path}/skipped.tsv"]
 
 
 def _terms(losses: dict[str, float]) -> str:

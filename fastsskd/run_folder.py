@@ -59,6 +59,11 @@ class RunFolder:
         if occupied and not resume:
             raise InputError(f"run.out {self.path}: already holds a run; add --resume, or choose another run.out")
 
+    @property
+    def skip_log(self) -> Path:
+        """Where the clips are named that could not be used."""
+        return self.path / "skipped.tsv"
+
     def model(self, stage: str) -> Path:
         """The model file a stage leaves behind."""
         return self.checkpoints / stage / MODEL_FILE

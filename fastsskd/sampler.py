@@ -26,11 +26,13 @@ class Sampler:
         shuffle: a new permutation each epoch; otherwise the manifest's order.
         seed: of the order.
         rank, world_size: this rank's share.
-        weights: ``(num_clips,)`` sampling weights: an epoch is then ``num_clips`` draws with replacement.
+        weights: ``(num_clips,)`` sampling weights: an epoch is then ``num_clips`` draws with replacement, of which
+            a clip gets its weight's share; 0 = never.
         drop_last_to: drop the tail of an epoch to a multiple of this many clips; 0 keeps every clip.
 
     Raises:
-        ValueError: a batch size or rank that cannot be. InputError: not one batch in an epoch.
+        ValueError: a batch size or rank that cannot be.
+        InputError: not one batch in an epoch, or weights that cannot be.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class Sampler:
         self.num_clips, self.batch_size = num_clips, batch_size
         self.shuffle, self.seed = shuffle, seed
         self.rank, self.world_size = rank, world_size
-        self.probability = None if weights is None else np.asarray(weights, np.float64) / np.sum(weights)
+        self.probability = None if weights is None else _probability(weights, num_clips)
         self.epoch_length = num_clips - num_clips % drop_last_to if drop_last_to else num_clips
         self.global_batch = batch_size * world_size
 
@@ -84,6 +86,15 @@ class Sampler:
                 yield chunk[self.rank * self.batch_size : (self.rank + 1) * self.batch_size], position
             else:
                 yield np.array_split(chunk, self.world_size)[self.rank], position
+
+
+def _probability(weights: np.ndarray, num_clips: int) -> np.ndarray:
+    weights = np.asarray(weights, np.float64)
+    if weights.shape != (num_clips,):
+        raise InputError(f"{weights.size} sampling weights for {num_clips} clips: give one a clip")
+    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
+        raise InputError("sampling weights must be finite and not negative, and one of them above 0")
+    return weights / weights.sum()
 
 
 def balanced_weights(manifest: Manifest) -> np.ndarray:

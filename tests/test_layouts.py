@@ -247,3 +247,28 @@ def test_nothing_usable_is_one_line(tmp_path):
         with pytest.raises(InputError) as error:
             layouts.build(tmp_path / name)
         assert says in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------------ weights
+
+
+def test_ast_weights_beside_the_list_follow_the_clips_that_are_there(tmp_path):
+    touch(tmp_path, "a.wav", "c.wav")
+    data = [{"wav": f"{name}.wav", "labels": "/m/a"} for name in "abc"]
+    (tmp_path / "train.json").write_text(json.dumps({"data": data}))
+    assert layouts.build(tmp_path / "train.json").weights.tolist() == [1.0, 1.0]
+    (tmp_path / "train_weight.csv").write_text("0.5\n7\n2.5\n")
+    clips = layouts.build(tmp_path / "train.json")
+    assert clips.weights.tolist() == [0.5, 2.5] and clips.num_absent == 1
+    assert clips.select([1]).weights.tolist() == [2.5]
+    for text, message in (("1\n2\n", "2 weights for the 3 clips"), ("x\n", "one number a line")):
+        (tmp_path / "train_weight.csv").write_text(text)
+        with pytest.raises(InputError, match=message):
+            layouts.build(tmp_path / "train.json")
+
+
+def test_weights_of_a_csv_are_kept(tmp_path):
+    touch(tmp_path, "a.wav", "b.wav")
+    (tmp_path / "clips.csv").write_text("path,weight\na.wav,0.25\nb.wav,\n")
+    manifest.save(layouts.build(tmp_path / "clips.csv"), tmp_path / "m")
+    assert manifest.load(tmp_path / "m").weights.tolist() == [0.25, 1.0]

@@ -1,0 +1,97 @@
+"""Reading clips: in part where samples lie bare, through DALI where they do not; both give the same."""
+
+import damaged_audio
+import numpy as np
+import pytest
+import soundfile
+
+import fastsskd_kernels as kernels
+from fastsskd.audio_file import BadClip
+from fastsskd.clip_bytes import ClipBytes, ShardFiles
+from fastsskd.clip_columns import from_columns
+from fastsskd.clip_reader import ClipReader, Crop
+from fastsskd.clip_table import PACKED
+
+RATE = 44100
+
+
+def reader_of(folder, names, source="", **columns):
+    return ClipReader(from_columns(names, root=folder, source=source, **columns), ShardFiles(), 4)
+
+
+def one(reader, i, crop):
+    ((place, clip),) = reader.read([i], [crop])
+    assert place == 0
+    return clip
+
+
+def waveform(clip, crop):
+    rates, where = (clip.rate, crop.num_samples, crop.position), {"begin": clip.begin, "length": clip.length}
+    return kernels.resample_crop_or_loop(np.asarray(clip.samples), *rates, **where)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+@pytest.mark.parametrize("segment", [(0.0, -1.0), (0.5, 1.25), (1.0, -1.0)])
+def test_a_part_gives_what_dali_gives_of_the_whole(tmp_path, channels, segment):
+    samples = np.random.default_rng(channels).integers(-20000, 20000, (2 * RATE, channels), dtype=np.int16)
+    soundfile.write(tmp_path / "a.wav", samples, RATE, subtype="PCM_16")
+    soundfile.write(tmp_path / "a.flac", samples, RATE, subtype="PCM_16")  # through DALI
+    columns = {"starts": [segment[0]] * 2, "ends": [segment[1]] * 2}
+    reader = reader_of(tmp_path, ["a.wav", "a.flac"], **columns)
+    for num_samples in (3000, 12000, 50000):
+        for position in (0.0, 0.7):
+            crop = Crop(num_samples, position)
+            part, whole = waveform(one(reader, 0, crop), crop), waveform(one(reader, 1, crop), crop)
+            np.testing.assert_allclose(part, whole, atol=2e-6)
+    length = one(reader, 0, Crop(None)).length
+    assert length == one(reader, 1, Crop(None)).length == len(one(reader, 0, Crop(None)).samples)
+    assert one(reader, 0, Crop(800)).samples.size < 0.2 * length
+
+
+def test_float_files_are_read_whole_unless_they_were_checked(tmp_path):
+    samples = np.random.default_rng(0).standard_normal(RATE).astype(np.float32) * 0.1
+    samples[40000] = np.nan
+    soundfile.write(tmp_path / "a.wav", samples, RATE, subtype="FLOAT")
+    crop = Crop(2000, 0.0)  # the NaN lies elsewhere
+    assert "NaN" in str(one(reader_of(tmp_path, ["a.wav"]), 0, crop))
+    clip = one(reader_of(tmp_path, ["a.wav"], source=PACKED), 0, crop)
+    np.testing.assert_array_equal(clip.samples, samples[: len(clip.samples)])
+    assert len(clip.samples) < 10000
+
+
+def test_a_mixed_call_returns_every_place_once(tmp_path):
+    names = []
+    for number, (name, data) in enumerate({**damaged_audio.good_clips(), **damaged_audio.bad_clips()}.items()):
+        names.append(f"{number:03d}{name[name.find('.') :]}")
+        (tmp_path / names[-1]).write_bytes(data)
+    num_good = len(damaged_audio.good_clips())
+    reader = reader_of(tmp_path, [*names, "gone.wav"])
+    order = np.random.default_rng(0).permutation(len(names) + 1).tolist()
+    for start in range(0, len(order), 4):
+        part = order[start : start + 4]
+        results = list(reader.read(part, [Crop(1000, 0.5)] * len(part)))
+        assert sorted(place for place, _ in results) == list(range(len(part)))
+        for place, clip in results:
+            assert isinstance(clip, BadClip) == (part[place] >= num_good), names[part[place]]
+
+
+def test_marked_clips_are_not_read(tmp_path):
+    (tmp_path / "a.wav").write_bytes(damaged_audio.good_clips()["pcm16.wav"])
+    table = from_columns(["a.wav"], root=tmp_path)
+    index = table.table.schema.get_field_index("bad")
+    marked = table.replace(table=table.table.set_column(index, table.table.schema.field("bad"), [["too loud"]]))
+    assert str(one(ClipReader(marked, ShardFiles(), 1), 0, Crop(100))) == "too loud"
+
+
+def test_a_part_is_read_and_no_more(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.wav", np.zeros(16000 * 100, np.int16), 16000, subtype="PCM_16")
+    read = []
+    original = ClipBytes.read_into
+
+    def counted(clip, buffer, start):
+        read.append(memoryview(buffer).nbytes)
+        original(clip, buffer, start)
+
+    monkeypatch.setattr(ClipBytes, "read_into", counted)
+    one(reader_of(tmp_path, ["a.wav"]), 0, Crop(16000, 0.5))
+    assert sum(read) < 32000 + 1000
