@@ -57,6 +57,21 @@ def _parser() -> argparse.ArgumentParser:
     stats.add_argument("--seed", type=int, default=0)
     stats.add_argument("--workers", type=_positive, default=None, help="threads; default: all cores")
 
+    pack = _command(commands, "pack", _pack, "any audio -> 16 kHz mono in WebDataset shards, for fast random access")
+    pack.add_argument("manifest", help="manifest or folder")
+    pack.add_argument(
+        "--out", required=True, metavar="DIR", help="folder for the shards; the same command goes on there"
+    )
+    pack.add_argument("--encoding", choices=("pcm16", "float32", "flac"), default="pcm16", help="default %(default)s")
+    pack.add_argument(
+        "--shard_size", type=_megabytes, default=1000, metavar="MB", help="when a shard is full (default %(default)s)"
+    )
+    pack.add_argument("--shuffle", type=int, default=None, metavar="SEED", help="clips in random order in the shards")
+    pack.add_argument("--workers", type=_positive, default=None, help="threads; default: all cores")
+    pack.add_argument(
+        "--max_bad_share", type=_share, default=None, metavar="X", help="stop when more of the clips are bad, say 0.05"
+    )
+
     evaluate = _command(commands, "evaluate", _evaluate, "metrics as JSON on stdout, a table on stderr")
     evaluate.add_argument("--checkpoint", nargs="+", required=True, metavar="C", help="several = mean of probabilities")
     evaluate.add_argument("manifest", nargs="?", help="manifest or folder")
@@ -77,6 +92,20 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _megabytes(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is not a size in MB")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share of 0 to 1")
     return value
 
 
@@ -134,6 +163,27 @@ def _stats(args: argparse.Namespace) -> int:
         result["classes"] = dict(zip(table.classes, table.class_counts().tolist(), strict=True))
     print(json.dumps(result, indent=1))
     print(f"for the TOML: [data] mean = {result['mean']:.4f}, std = {result['std']:.4f}", file=sys.stderr)
+    return 0
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from fastsskd import layouts, manifest
+    from fastsskd.pack import num_unreadable, pack
+
+    path = Path(args.manifest)
+    table = layouts.build(path) if path.is_dir() else manifest.load(path)
+    if unreadable := num_unreadable(table):
+        print(f"{unreadable} clips seem to need FFmpeg to be read: pip install 'fastsskd[formats]'", file=sys.stderr)
+    packed = pack(
+        table,
+        args.out,
+        encoding=args.encoding,
+        shard_size=args.shard_size,
+        shuffle=args.shuffle,
+        workers=args.workers or 0,
+        max_bad_share=args.max_bad_share,
+    )
+    print(packed, file=sys.stderr)
     return 0
 
 

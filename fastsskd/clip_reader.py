@@ -6,6 +6,7 @@ hour-long recording costs the crop. All others are read whole and decoded by DAL
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from fastsskd.clip_bytes import ClipBytes, OpenFile, ShardFiles
 from fastsskd.clip_table import PACKED, Manifest
 from fastsskd.decode import Decoded, DecodeError, Decoder
 
+MAX_ANNOUNCED = 1 << 20
+"""Bytes of a clip that are asked for ahead; longer ones are read in part."""
 SAMPLE_RATE = 16000
 """Hz, of everything behind the loader."""
 
@@ -152,6 +155,23 @@ class ClipReader:
         if first >= last:
             raise BadClip(f"is over before its segment begins, at {start:g} s")
         return first, last
+
+
+def announce(manifest: Manifest, index: np.ndarray, shards: ShardFiles) -> None:
+    """Ask the system to bring clips into memory that will be read soon; it does so while others are worked on.
+
+    A disk that is asked for many clips at once gives several times what it gives to readers who wait for each.
+    """
+    for i in index.tolist():
+        offset, size = manifest.extent(i)
+        if size > MAX_ANNOUNCED:  # a crop of it will be read, and where it lies is not known yet
+            continue
+        try:
+            file = OpenFile(manifest.path(i)) if size < 0 else shards.open(manifest.path(i))
+            length = MAX_ANNOUNCED if size < 0 else size
+            os.posix_fadvise(file.descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+        except OSError:
+            continue  # whoever reads it will say so
 
 
 def open_clip(manifest: Manifest, i: int, shards: ShardFiles) -> ClipBytes:

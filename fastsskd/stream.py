@@ -22,7 +22,7 @@ import fastsskd_kernels as kernels
 from fastsskd.audio_info import BadClip
 from fastsskd.batch import Batch
 from fastsskd.clip_bytes import ShardFiles
-from fastsskd.clip_reader import SAMPLE_RATE, ClipReader, Crop, Window
+from fastsskd.clip_reader import SAMPLE_RATE, ClipReader, Crop, Window, announce
 from fastsskd.manifest import Manifest
 from fastsskd.model import NUM_MEL_BINS, PATCH
 from fastsskd.recycle import Recycler
@@ -102,6 +102,7 @@ class Stream:
         self._side = torch.cuda.Stream(settings.device) if self._on_gpu else None
         self._stopped, self._failed = threading.Event(), False
         self._pool = ThreadPoolExecutor(settings.workers, thread_name_prefix="fastsskd-loader")
+        self._herald = ThreadPoolExecutor(1, thread_name_prefix="fastsskd-ahead")
         self._start_work()
 
     def get(self) -> Delivery:
@@ -126,7 +127,8 @@ class Stream:
 
     def stop(self) -> None:
         self._stopped.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._herald, self._pool):
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def _plan(self, epoch: int, position: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
         """Clips, their seeds, and the position after each batch; training goes on through all epochs to come."""
@@ -145,6 +147,7 @@ class Stream:
                 return
             work = self._new_work(*plan)
             self._ahead.append(work)
+            self._herald.submit(announce, self._s.manifest, work.index, self._shards)
             for start in range(0, len(work.index), PART) or [0]:  # an empty batch has one empty part
                 self._pool.submit(self._do_part, work, range(start, min(start + PART, len(work.index))))
 

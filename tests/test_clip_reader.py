@@ -9,7 +9,7 @@ import fastsskd_kernels as kernels
 from fastsskd.audio_file import BadClip
 from fastsskd.clip_bytes import ClipBytes, ShardFiles
 from fastsskd.clip_columns import from_columns
-from fastsskd.clip_reader import ClipReader, Crop
+from fastsskd.clip_reader import MAX_ANNOUNCED, ClipReader, Crop, announce
 from fastsskd.clip_table import PACKED
 
 RATE = 44100
@@ -95,3 +95,19 @@ def test_a_part_is_read_and_no_more(tmp_path, monkeypatch):
     monkeypatch.setattr(ClipBytes, "read_into", counted)
     one(reader_of(tmp_path, ["a.wav"]), 0, Crop(16000, 0.5))
     assert sum(read) < 32000 + 1000
+
+
+def test_clips_are_announced_where_they_lie(tmp_path, monkeypatch):
+    for name in ("a.flac", "s.tar"):
+        (tmp_path / name).write_bytes(b"x" * 9000)
+    table = from_columns(
+        ["a.flac", "s.tar", "s.tar", "gone.wav", "gone.tar"],
+        root=tmp_path,
+        keys=list("abcde"),
+        offsets=[0, 512, 4096, 0, 512],
+        sizes=[-1, 3000, MAX_ANNOUNCED + 1, -1, 100],
+    )
+    asked = []
+    monkeypatch.setattr("os.posix_fadvise", lambda descriptor, offset, size, what: asked.append((offset, size)))
+    announce(table, np.arange(5), ShardFiles())
+    assert asked == [(0, MAX_ANNOUNCED), (512, 3000)]

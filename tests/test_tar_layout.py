@@ -151,6 +151,59 @@ def test_batches_from_shards_are_those_from_files(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(clip, batches["shards.manifest"][key], strict=True))
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_bad_clips_in_shards_are_left_out_and_named_on_any_number_of_ranks(tmp_path, world_size):
+    good, bad = damaged_audio.good_clips(), damaged_audio.bad_clips()
+    names = {f"{number:03d}": name for number, name in enumerate([*good, *bad])}
+    members = {f"{key}{name[name.rfind('.') :]}": {**good, **bad}[name] for key, name in names.items()}
+    parts = [dict(list(members.items())[start::3]) for start in range(3)]
+    for number, part in enumerate(parts):
+        write(tmp_path / f"{number}.tar", part)
+    clips = layouts.build(tmp_path)
+    delivered, skipped = [], {}
+    for epoch in range(2):
+        for rank in range(world_size):
+            loader = Loader(clips, batch_size=5, seconds=0.5, train=True, rank=rank, world_size=world_size)
+            loader.load_state_dict({**loader.state_dict(), "epoch": epoch})
+            delivered += [key for batch in loader for key in batch.key]
+            loader.close()
+            assert all("\n" not in reason for reason in loader.skipped.values())
+            skipped |= loader.skipped
+    assert sorted(delivered) == sorted(2 * [key for key, name in names.items() if name in good])
+    assert {names[key] for key in skipped} == bad.keys()
+
+
+@pytest.mark.parametrize("then", [1, 2, 3])
+def test_resume_from_shards_with_other_ranks_and_workers(tmp_path, then):
+    for shard in range(3):
+        wavs = {f"{shard}{number}.wav": damaged_audio.encode(damaged_audio.tone(seed=number)) for number in range(9)}
+        write(tmp_path / f"{shard}.tar", wavs)
+
+    def clips_of(loader, count=None):
+        found = {}
+        for _, batch in zip(range(count or 10**9), loader, strict=False):
+            for row, key in enumerate(batch.key):
+                assert key not in found
+                found[key] = (batch.fbank[row].clone(), batch.hog[row].clone(), int(batch.seed[row]))
+        state = loader.state_dict()
+        loader.close()
+        return found, state
+
+    options = {"seconds": 0.5, "train": True, "seed": 3}
+    expected, _ = clips_of(Loader(tmp_path, batch_size=4, workers=3, **options))
+    got, state = clips_of(Loader(tmp_path, batch_size=4, workers=1, **options), count=2)
+    assert len(got) == 8 and len(expected) == 27
+    for rank in range(then):
+        loader = Loader(tmp_path, batch_size=3, rank=rank, world_size=then, workers=rank + 1, **options)
+        loader.load_state_dict(state)
+        own, _ = clips_of(loader)
+        assert not got.keys() & own.keys()
+        got |= own
+    assert got.keys() == expected.keys()
+    for key, (fbank, hog, seed) in expected.items():
+        assert torch.equal(got[key][0], fbank) and torch.equal(got[key][1], hog) and got[key][2] == seed
+
+
 def test_a_shard_that_is_cut_during_the_run(tmp_path):
     members = {f"{number:02d}.wav": damaged_audio.encode(damaged_audio.tone(seed=number)) for number in range(12)}
     shard = write(tmp_path / "0.tar", members)
