@@ -3,8 +3,11 @@
 All noise comes from ``random``: the mask of a clip depends on the clip's seed, not on its batch, rank or device.
 """
 
+import numpy as np
 import torch
 
+from fastsskd_kernels.backend import resolve_backend
+from fastsskd_kernels.masks_cpu import FIELD_BITS, intra_batch
 from fastsskd_kernels.random import (
     STREAM_INTER,
     STREAM_INTRA_BANDS,
@@ -17,8 +20,7 @@ from fastsskd_kernels.random import (
 )
 
 MAX_EXPONENT = 80.0  # exp(-80) = 1.8e-35 is still a normal float32: no weight underflows to zero
-FIELD_BITS = 21  # a random word of 64 bits is cut into three fields
-FIELD = 1 << FIELD_BITS
+FIELD = 1 << FIELD_BITS  # a random word of 64 bits is cut into three fields
 FLAT = 1e-6  # a spread below this fraction of the mean is rounding, not signal
 
 
@@ -100,6 +102,7 @@ def intra_patch_mask(
     p_both: float = 0.4,
     max_width: float = 0.25,
     device: torch.device | str | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Hide a time band, a frequency band or both inside some patches (Figure 3, Section 4.2).
 
@@ -115,6 +118,7 @@ def intra_patch_mask(
         p_time, p_freq, p_both: probabilities of the three kinds; they sum to 1.
         max_width: largest band width as a share of the patch, in (0, 1]; at least one pixel.
         device: of the result; by default the generator's.
+        backend: ``"auto"``, ``"torch"`` or ``"numba"``, which give the same mask; see ``resolve_backend``.
 
     Returns:
         (B, T, F) bool, T = grid_size[0] * patch, F = grid_size[1] * patch.
@@ -130,6 +134,12 @@ def intra_patch_mask(
         raise ValueError(f"p_time + p_freq + p_both: expected 1 without negatives, got {p_time}, {p_freq}, {p_both}")
     seeds = clip_seeds(generator, batch, device)
     patches, widest = grid_size[0] * grid_size[1], max(1, int(max_width * patch))
+    if resolve_backend(backend, seeds) == "numba":
+        image = torch.zeros(batch, grid_size[0] * patch, grid_size[1] * patch, dtype=torch.uint8)
+        bounds = np.float32(p_time * FIELD), np.float32((p_time + p_freq) * FIELD)  # torch compares in float32 too
+        unsigned = seeds.contiguous().numpy().view(np.uint64)
+        intra_batch(unsigned, grid_size[1], patch, widest, int(max_share * patches), *bounds, image.numpy())
+        return image.view(torch.bool)
     touched = _touched_patches(seeds, patches, max_share)
     words = random_bits(seeds, 2 * patches, stream=STREAM_INTRA_BANDS)
     kind = _field(words[:, :patches], 2)

@@ -272,6 +272,9 @@ def test_intra_options_hold_for_any_shape(batch, grid, patch, max_share, max_wid
     generator = torch.Generator().manual_seed(seed)
     mask = kernels.intra_patch_mask(batch, grid, patch=patch, generator=generator, **options, **probabilities)
     assert mask.shape == (batch, grid[0] * patch, grid[1] * patch) and mask.is_contiguous()
+    generator = torch.Generator().manual_seed(seed)
+    arguments = {"patch": patch, "generator": generator, **options, **probabilities, "backend": "torch"}
+    assert torch.equal(mask, kernels.intra_patch_mask(batch, grid, **arguments))
     cells = mask.reshape(batch, grid[0], patch, grid[1], patch).transpose(2, 3).reshape(batch, -1, patch, patch)
     assert cells.any(3).any(2).sum(1).max() <= int(max_share * grid[0] * grid[1])
     assert cells.sum((2, 3)).max() <= max(1, int(max_width * patch)) * patch
