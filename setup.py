@@ -42,7 +42,15 @@ setup(
         # Choose exactly one: the wheels share one import name. V100 (sm_70) needs cuda12, newer cards cuda13.
         "cuda13": ["nvidia-dali-cuda130>=2.4,<2.5"],
         "cuda12": ["nvidia-dali-cuda120>=1.50,<2.5"],
-        "test": ["pytest>=8,<10", "hypothesis>=6.100,<7", "ruff>=0.14,<0.18"],
+        # For `fastsskd pack`: m4a, mp4, webm, mkv, wma, ... Its wheels bring FFmpeg with them.
+        "formats": ["av>=16,<19"],
+        "test": [
+            "pytest>=8,<10",
+            "hypothesis>=6.100,<7",
+            "ruff>=0.14,<0.18",
+            "av>=16,<19",
+            "webdataset>=0.2.100,<2",
+        ],
     },
     entry_points={"console_scripts": ["fastsskd=fastsskd.cli:main"]},
 )

@@ -16,7 +16,8 @@ from fastsskd.errors import InputError
 # Everything that people store sounds in. What the loader cannot decode (mp3, m4a, webm ...) is listed too: `pack` can.
 AUDIO_SUFFIXES = frozenset(
     (".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".aifc", ".mp3", ".m4a", ".aac")
-) | {".mp4", ".webm", ".mka", ".mkv", ".wma", ".au", ".caf", ".w64"}
+) | {".mp4", ".webm", ".mka", ".mkv", ".wma", ".au", ".caf", ".w64", ".amr", ".3gp", ".mp2", ".ac3", ".wv", ".ape"}
+AUDIO_SUFFIXES |= {".m4b", ".mov", ".avi", ".mpg", ".mpeg"}
 
 
 def scan_audio(folder: Path) -> list[str]:
