@@ -193,8 +193,10 @@ class Stream:
         """Fill the clip's rows of the batch; for a GPU, cut out what goes there."""
         if self._on_gpu:
             return inputs_for_device(clip, work.crops[place])
-        waveform = self._own.waveform if work.waveform is None else work.waveform[place : place + 1]
-        crop_into(waveform[0].numpy(), clip, work.crops[place])
+        waveform = None if self._s.waveform else crop_in_place(clip, work.crops[place])
+        if waveform is None:
+            waveform = self._own.waveform if work.waveform is None else work.waveform[place : place + 1]
+            crop_into(waveform[0].numpy(), clip, work.crops[place])
         rows = work.fbank[place : place + 1], work.hog[place : place + 1]
         kernels.features(waveform, num_frames=self._s.num_frames, mean=self._s.mean, std=self._s.std, out=rows)
         return None
@@ -241,6 +243,14 @@ class Stream:
                 waveform=waveform if s.waveform else None,
             )
             return batch, self._side.record_event()
+
+
+def crop_in_place(clip: Window, crop: Crop) -> Tensor | None:
+    """The crop where it lies, ``(1, S)`` float32 or int16, if the clip has the right rate and is long enough."""
+    if clip.rate != SAMPLE_RATE or clip.length < crop.num_samples:
+        return None
+    start = kernels.crop_start(crop.position, clip.length, crop.num_samples) - clip.begin
+    return torch.from_numpy(clip.samples[start : start + crop.num_samples])[None]
 
 
 def crop_into(out: np.ndarray, clip: Window, crop: Crop) -> None:

@@ -90,6 +90,16 @@ def test_features_are_kaldis_of_the_delivered_waveform(table):
         assert torch.allclose(hog, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("seconds", [0.2, SECONDS])
+def test_asking_for_the_waveform_changes_nothing_else(table, seconds):
+    """Without it a crop that needs no resampling is used where it lies, 16-bit or float."""
+    options = {"batch_size": 4, "seconds": seconds, "train": True, "seed": 4}
+    without, _ = collect(Loader(table, **options))
+    with_waveform, _ = collect(Loader(table, waveform=True, **options))
+    assert without.keys() == with_waveform.keys()
+    assert all(same(without[key], with_waveform[key]) for key in without)
+
+
 def test_long_clips_are_cropped_and_short_ones_looped(tmp_path):
     ramp = (np.arange(40000) / 80000).astype(np.float32)  # every value says where it was
     soundfile.write(tmp_path / "long.wav", ramp, 16000, subtype="FLOAT")
