@@ -268,6 +268,7 @@ def verdicts(tables: dict) -> list[dict]:
         ("hog_patch_mean against skimage", ms("hog", "skimage.feature.hog") / patch_mean, ">=", 20.0, "x"),
         ("hog_patch_mean of a clip", patch_mean, "<=", 0.25, "ms"),
         ("inter-patch mask of 64 x 512", ms("masks", "inter_patch_mask"), "<=", 2.0, "ms"),
+        ("intra-patch mask of 64 x 512", ms("masks", "intra_patch_mask (8.4 MB result)"), "<=", 2.0, "ms"),
         ("two threads against one", gain("one thread", "two Python threads"), ">=", 1.8, "x"),
         ("first call, compiling, CPU time", tables["compile"]["empty cache"]["cpu_s"], "<=", 5.0, "s"),
     ]

@@ -1,0 +1,78 @@
+"""What the benchmarks share: waiting for an idle machine, saying which machine it was, requirements met or missed."""
+
+import datetime
+import os
+import platform
+import time
+from pathlib import Path
+
+
+class IdleWatch:
+    """Waits until nobody else computes, as long as its patience lasts, and counts how often that succeeded."""
+
+    def __init__(self, patience_s: float):
+        self.patience_s = patience_s
+        self.quiet, self.samples = 0, 0
+
+    def wait(self) -> None:
+        """Sleep until nobody else computes, or patience ends."""
+        self.samples += 1
+        while self.patience_s > 0 and Path("/proc/stat").exists():
+            used_before, total_before = busy_ticks()
+            time.sleep(0.1)
+            used, total = busy_ticks()
+            self.patience_s -= 0.1
+            if used - used_before <= 0.06 * (total - total_before):
+                self.quiet += 1
+                return
+
+    def __str__(self) -> str:
+        return f"{self.quiet} of {self.samples}"
+
+
+def busy_ticks() -> tuple[float, float]:
+    """Ticks of all cores since boot: used, all."""
+    ticks = [float(value) for value in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
+
+
+def machine(versions: dict[str, str], command: str) -> dict:
+    """Where and when, without names."""
+    model = platform.processor() or "unknown"
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "load_average": [round(value, 1) for value in os.getloadavg()],
+        "command": command,
+    }
+
+
+def machine_line(about: dict) -> str:
+    """The same as one paragraph."""
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    return (
+        f"{about['date']}, {about['cpu']}, {about['cores']} cores, Python {about['python']}, {versions}; load average "
+        f"{about['load_average'][0]} at the start, machine otherwise idle in {about['samples_on_an_idle_machine']} "
+        f"samples. `{about['command']}`"
+    )
+
+
+def verdict(what: str, value: float, sign: str, limit: float, unit: str) -> dict:
+    """One requirement, what was found, and whether it holds."""
+    met = value <= limit if sign == "<=" else value >= limit
+    return {"what": what, "found": round(value, 3), "unit": unit, "required": f"{sign} {limit:g}", "met": met}
+
+
+def verdict_lines(rows: list[dict]) -> list[str]:
+    """Requirements as a table; ``met`` is None where the run cannot tell, and ``why`` says what was in the way."""
+    lines = ["| requirement | found | required | |", "|---|---|---|---|"]
+    for row in rows:
+        mark = {True: "met", False: "**missed**", None: f"cannot tell: {row.get('why')}"}[row["met"]]
+        lines.append(f"| {row['what']} | {row['found']:.2f} {row['unit']} | {row['required']} {row['unit']} | {mark} |")
+    return lines

@@ -1,0 +1,158 @@
+"""The benchmark scripts still run, and compute what they say they compute. No figure is judged here."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+
+from fastsskd import manifest
+
+pytest.importorskip("nvidia.dali")
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SAMPLE = {"clips_per_s": 100.0, "cpu_s_per_1000": 10.0, "start_s": 2.0, "first_batch_s": 0.5, "pss_mb": 300.0}
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A function that imports a benchmark's module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.mark.slow
+def test_quick_throughput(tmp_path):
+    options = ["--quick", "--generate", "--clips", "16", "--rounds", "1", "--big_gb", "0", "--rows", "0"]
+    names = ["--only", "ours", "lhotse"]
+    command = [sys.executable, str(BENCHMARKS / "throughput.py"), *options, *names, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "throughput.json").read_text()
+    results = json.loads(text)
+    measured = {(row["candidate"], row["source"]) for row in results["rows"]}
+    assert {("ours", "flac"), ("ours", "packed"), ("ours", "ogg")} <= measured
+    assert all(row["clips_per_s"] > 0 and row["cpu_s_per_1000"] > 0 and row["pss_mb"] > 0 for row in results["rows"])
+    if ("lhotse", "flac") not in measured:
+        assert results["failures"]["lhotse on flac, 2 workers"].endswith("is not installed")
+    assert results["checks"]["ours on packed, 2 workers"]["compared"] >= 4
+    assert results["checks"]["ours on packed, 2 workers"]["hog"] is not None
+    assert str(BENCHMARKS.parent) not in text and str(tmp_path) not in text and "/tmp" not in text
+    assert "# Throughput" in (tmp_path / "throughput.md").read_text()
+    assert (tmp_path / "throughput.png").stat().st_size > 10_000
+
+
+def test_large_shards_and_manifests(tmp_path, script):
+    big, data = script("throughput_big"), script("throughput_data")
+    packed = small_pack(tmp_path, data)
+    asked = []
+
+    def sample(row, source, **limits):
+        asked.append(manifest.load(source["manifest"]))
+        return SAMPLE | {"rss_mb": 1.0, "file_mb": 1.0}
+
+    options = SimpleNamespace(
+        big_gb=4 * Path(packed["shards"][0]).stat().st_size / 1e9, window=0.1, quick=True, rows=50, rounds=1
+    )
+    bench = SimpleNamespace(data={"sources": {"packed": packed}}, options=options, sample=sample)
+    cold = big.cold(bench, None, tmp_path / "big")
+    assert cold["clips"] == 12 and cold["cold"]["clips_per_s"] == 100.0 and cold["random"]["megabytes_per_s"] > 0
+    assert 0 <= cold["resident_before_cold"] <= cold["resident_before_warm"] <= 1
+    assert len({content(asked[0], i) for i in range(12)}) == 12  # no two clips alike
+    keys = [asked[0].key(i) for i in range(12)]
+    assert len(set(keys)) == 12
+    large = big.large_manifest(bench, None)
+    assert large["rows"] == len(asked[2]) == 50 and len(asked[3]) == 3
+    assert content(asked[2], 4) == content(asked[3], 1)
+
+
+def small_pack(folder, data) -> dict:
+    """Three clips, packed by our own command."""
+    files = [str(folder / f"{number:04d}.wav") for number in range(3)]
+    for number, file in enumerate(files):
+        rng = np.random.default_rng(number)
+        soundfile.write(file, 0.1 * rng.standard_normal(16_000), 16_000, subtype="PCM_16")
+    return data._pack(folder, files)
+
+
+def content(clips: manifest.Manifest, i: int) -> bytes:
+    offset, size = clips.extent(i)
+    return clips.path(i).read_bytes()[offset : offset + size]
+
+
+def test_silence_is_cut_out_and_the_rest_stays(script):
+    without_silence = script("throughput_data").without_silence
+    sound = np.linspace(0.1, 0.9, 50)
+    clip = np.concatenate([np.zeros(30), sound, np.zeros(9), sound, np.full(10, 1e-6)])
+    np.testing.assert_array_equal(without_silence(clip, 10), clip[30:-10])
+    assert len(without_silence(np.zeros(40), 10)) == 0
+
+
+def test_requirements_follow_from_the_rows(script, tmp_path):
+    report = script("throughput_report")
+    rates = {
+        ("ours", "flac", 2): (1000, 2.0, "ours"),
+        ("ours", "packed", 2): (2000, 1.0, "ours"),
+        ("ours", "ogg", 2): (100, 10.0, "ours"),
+        ("ast", "flac", 2): (150, 13.0, "peer"),
+        ("ast", "flac", 3): (200, 14.0, "peer"),
+        ("spdl", "ogg", 2): (125, 8.0, "peer"),
+        ("decode_ours", "flac", 2): (1250, 1.6, "baseline"),
+        ("fbank_only", "memory", 2): (4000, 0.5, "baseline"),
+    }
+    rows = [
+        {"candidate": name, "title": name, "kind": kind, "source": source, "workers": workers}
+        | report.summary([SAMPLE | {"clips_per_s": rate, "cpu_s_per_1000": cpu}])
+        for (name, source, workers), (rate, cpu, kind) in rates.items()
+    ]
+    rate = {"clips_per_s": 1000.0, "range": [900.0, 1100.0], "megabytes_per_s": 320.0}
+    cold = {"gigabytes": 8, "clips": 10, "resident_before_cold": 0.0, "resident_before_warm": 1.0}
+    cold |= {"cold": rate, "warm": rate | {"clips_per_s": 2000.0}, "random": rate, "sequential": rate}
+    about = {"date": "", "cpu": "", "cores": 2, "python": "", "versions": {}, "load_average": [0.0], "command": ""}
+    data = {"origin": "", "clips": 1, "distinct": 1, "flac_bytes": 1, "ogg_clips": 1, "ogg_bytes": 1, "ogg_seconds": 5}
+    results = {"machine": about | {"samples_on_an_idle_machine": ""}, "data": data, "rows": rows, "cold": cold}
+    results |= {"large_manifest": None, "checks": {}, "failures": {"lhotse on flac": "lhotse is not installed"}}
+    results["verdicts"] = report.verdicts(results)
+    found = [(row["found"], row["met"]) for row in results["verdicts"]]
+    assert found[:4] == [
+        (5.0, True),
+        (5.0, True),
+        (0.8, False),
+        (80.0, True),
+    ]  # the best number of AST's workers counts
+    assert found[4:] == [
+        (10.0, False),
+        (50.0, False),
+        (pytest.approx(2 / 13, abs=1e-3), True),
+        (1.25, False),
+        (100.0, True),
+    ]
+    page = report.markdown(results)
+    assert "lhotse is not installed" in page and "| **ours** | 1000 |" in page
+    report.plot(results, tmp_path / "plot.png")
+
+
+def test_a_window_is_a_whole_number_of_batches_from_each_worker(script):
+    take = script("throughput_sample").take
+    batches = (SimpleNamespace(ids=[0] * 32) for _ in range(1000))
+    assert take(batches, 0.0, 3, 0)[0] == 0
+    next(batches)
+    clips, seconds = take(batches, 0.001, 3, 960)
+    assert clips % 96 == 0 and 0 < clips <= 960 and seconds > 0
+
+
+def test_cpu_time_counts_children(script):
+    sample = script("throughput_sample")
+    before = sample.cpu_seconds()
+    burn = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ninput()"
+    with subprocess.Popen([sys.executable, "-c", burn], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        assert child.pid in sample.family()
+        assert sample.cpu_seconds() - before >= 0.25
+        child.communicate(b"\n")
+    assert sample.cpu_seconds() - before >= 0.25
