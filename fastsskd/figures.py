@@ -17,7 +17,8 @@ from fastsskd.batch import Batch
 from fastsskd.config import MaskConfig
 from fastsskd.loader import Loader
 from fastsskd.manifest import Manifest
-from fastsskd.model import ACM, PATCH, unpatchify
+from fastsskd.model import ACM
+from fastsskd.patches import PATCH, unpatchify
 from fastsskd.run_folder import LINE_FIELDS
 from fastsskd.views import make_views
 from fastsskd.weights import load_model

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastsskd.errors import InputError
-from fastsskd.model import ACM, PATCH
+from fastsskd.model import ACM
+from fastsskd.patches import PATCH
 
 _WRAPPERS = ("model", "state_dict", "module")  # under which trainers put the weights
 _SPECIAL_TOKENS = ("cls_token", "dist_token", "reg_token")

@@ -22,7 +22,7 @@ from fastsskd.batch import Batch
 from fastsskd.clip_reader import SAMPLE_RATE
 from fastsskd.clip_table import PACKED
 from fastsskd.errors import InputError
-from fastsskd.model import NUM_MEL_BINS, num_input_frames
+from fastsskd.patches import NUM_MEL_BINS, num_input_frames
 from fastsskd.sampler import Sampler
 from fastsskd.stream import PART, Stream, StreamSettings
 

@@ -24,7 +24,7 @@ from fastsskd.batch import Batch
 from fastsskd.clip_bytes import ShardFiles
 from fastsskd.clip_reader import SAMPLE_RATE, ClipReader, Crop, Window, announce
 from fastsskd.manifest import Manifest
-from fastsskd.model import NUM_MEL_BINS, PATCH
+from fastsskd.patches import NUM_MEL_BINS, PATCH
 from fastsskd.recycle import Recycler
 from fastsskd.sampler import Sampler
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import fastsskd_kernels as kernels
 from fastsskd.batch import Batch
 from fastsskd.config import MaskConfig
-from fastsskd.model import PATCH, patchify
+from fastsskd.patches import PATCH, patchify
 
 
 @dataclass(frozen=True)

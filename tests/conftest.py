@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsskd_kernels as kernels
 from fastsskd.batch import Batch
-from fastsskd.model import build_model, num_input_frames
+from fastsskd.model import build_model
+from fastsskd.patches import num_input_frames
 
 # The same examples on every machine and every run; no verdict ever depends on how busy the machine is.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, max_examples=60)

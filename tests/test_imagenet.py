@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 
 from fastsskd.errors import InputError
 from fastsskd.imagenet import initialise_from_image_model, patch_weight
-from fastsskd.model import SIZES, build_model, patchify
+from fastsskd.model import SIZES, build_model
+from fastsskd.patches import patchify
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from fastsskd.config import LossConfig, MaskConfig
 from fastsskd.errors import UsageError
-from fastsskd.model import SIZES, build_model, num_input_frames, patchify, unpatchify
+from fastsskd.model import SIZES, build_model
+from fastsskd.patches import num_input_frames, patchify, unpatchify
 from fastsskd.pretrain import Pretrain
 
 
