@@ -82,11 +82,12 @@ def save(manifest: Manifest, path: str | Path) -> None:
         InputError: the folder is missing or cannot be written.
     """
     path = Path(path)
+    moves_along = manifest.source == PACKED and path.absolute().parent == manifest.root.absolute()
     about = {
         "version": VERSION,
         "classes": manifest.classes,
         "multi_label": manifest.multi_label,
-        "root": "." if manifest.source == PACKED else str(manifest.root.absolute()),
+        "root": "." if moves_along else str(manifest.root.absolute()),
         "source": manifest.source,
         "num_absent": manifest.num_absent,
         "absent": manifest.absent,

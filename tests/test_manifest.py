@@ -9,6 +9,7 @@ import pytest
 
 from fastsskd import manifest
 from fastsskd.clip_columns import from_columns
+from fastsskd.clip_table import PACKED
 from fastsskd.errors import InputError, UsageError
 
 
@@ -345,3 +346,14 @@ def test_not_a_manifest_is_one_line(tmp_path):
         assert name in one_line(error)
     with pytest.raises(InputError, match="folder"):
         manifest.load(tmp_path)
+
+
+def test_a_packed_folder_moves_with_its_manifest_and_a_copy_elsewhere_still_finds_it(tmp_path):
+    (tmp_path / "packed").mkdir()
+    clips = from_columns(["s.tar"], root=tmp_path / "packed", offsets=[512], sizes=[100], source=PACKED)
+    manifest.save(clips, tmp_path / "packed/packed.manifest")
+    manifest.save(manifest.load(tmp_path / "packed/packed.manifest"), tmp_path / "copy.manifest")
+    assert manifest.load(tmp_path / "copy.manifest").path(0) == tmp_path / "packed/s.tar"
+    (tmp_path / "packed").rename(tmp_path / "moved")
+    moved = manifest.load(tmp_path / "moved/packed.manifest")
+    assert moved.path(0) == tmp_path / "moved/s.tar" and moved.extent(0) == (512, 100)
