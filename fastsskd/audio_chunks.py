@@ -15,6 +15,7 @@ from fastsskd.audio_info import MAX_RATE, AudioInfo, BadClip, Sliceable, believa
 PCM, FLOAT, ALAW, MULAW, EXTENSIBLE = 1, 3, 6, 7, 0xFFFE
 BLOCK_CODED = {2: "MS ADPCM", 0x11: "IMA ADPCM", 0x31: "GSM 6.10"}
 SAMPLE_TYPES = {(PCM, 16): "<i2", (FLOAT, 32): "<f4"}
+_USUAL = struct.Struct("<4sI4s4sIHHIIHH4sI")
 UNKNOWN_SIZES = (range(0x7FFFF000 - 1024, 0x80000000), range(0xFFFFFFFF, 0x100000000))
 """Programs that write WAV into a pipe cannot know its length; these stand for it (SoX; FFmpeg: all ones)."""
 TAIL_SLACK = 4096
@@ -29,6 +30,9 @@ def probe_wav(data: Sliceable) -> AudioInfo:
     Raises:
         BadClip: truncated, no samples, or a header that contradicts itself or the file.
     """
+    usual = _usual_wav(data)
+    if usual is not None:
+        return usual
     is_rf64 = data[:4] == b"RF64"
     form_end = 8 + struct.unpack("<I", data[4:8])[0]
     fmt, data_start, data_size, rf64_size = None, 0, None, None
@@ -62,6 +66,19 @@ def probe_wav(data: Sliceable) -> AudioInfo:
     if not data_size:
         raise BadClip("no samples in it")
     return believable(AudioInfo("wav", rate, channels, num_frames, sample_type, data_start if sample_type else 0))
+
+
+def _usual_wav(data: Sliceable) -> AudioInfo | None:
+    """The header that nearly all 16-bit files have, if this is one and all its sizes agree: 44 bytes, nothing else."""
+    if len(data) < _USUAL.size:
+        return None
+    head = _USUAL.unpack(data[: _USUAL.size])
+    riff, riff_size, wave, fmt, fmt_size, tag, channels, rate, _, frame_bytes, bits, name, size = head
+    is_usual = (riff, wave, fmt, fmt_size, tag, bits, name) == (b"RIFF", b"WAVE", b"fmt ", 16, PCM, 16, b"data")
+    agrees = riff_size == len(data) - 8 and size == len(data) - _USUAL.size and frame_bytes == 2 * channels
+    if not (is_usual and agrees and size and channels and size % frame_bytes == 0):
+        return None
+    return believable(AudioInfo("wav", rate, channels, size // frame_bytes, "<i2", _USUAL.size))
 
 
 def _wav_format(chunk: bytes | memoryview) -> tuple[int, int, int, str]:

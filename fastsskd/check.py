@@ -26,7 +26,7 @@ def find_bad(manifest: Manifest, *, workers: int = 0) -> Iterator[tuple[int, dic
     Yields:
         Clips looked at so far, and the reason by key of those found bad so far.
     """
-    shards, own, bad = ShardFiles(), threading.local(), {}
+    shards, own, bad = ShardFiles(manifest.root), threading.local(), {}
 
     def look(part: range) -> dict[str, str]:
         if not hasattr(own, "reader"):
@@ -82,7 +82,7 @@ def feature_statistics(
 def headers(manifest: Manifest, *, workers: int = 0) -> dict[str, Any]:
     """Lengths, sampling rates, formats and channels as the files' headers tell them."""
 
-    shards = ShardFiles()
+    shards = ShardFiles(manifest.root)
 
     def read(i: int) -> Any:
         try:

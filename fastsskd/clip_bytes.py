@@ -35,10 +35,14 @@ class OpenFile:
 
 
 class ShardFiles:
-    """Shards that were read last, kept open. Threads may share it."""
+    """Shards that were read last, kept open. Threads may share it.
 
-    def __init__(self):
-        self.open = functools.lru_cache(maxsize=OPEN_SHARDS)(OpenFile)
+    Args:
+        root: folder that their names start from.
+    """
+
+    def __init__(self, root: Path):
+        self.open = functools.lru_cache(maxsize=OPEN_SHARDS)(lambda name: OpenFile(root / name))
 
 
 class ClipBytes:

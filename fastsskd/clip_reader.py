@@ -169,7 +169,7 @@ def announce(manifest: Manifest, index: np.ndarray, shards: ShardFiles) -> None:
         if size > MAX_ANNOUNCED:  # a crop of it will be read, and where it lies is not known yet
             continue
         try:
-            file = OpenFile(manifest.path(i)) if size < 0 else shards.open(manifest.path(i))
+            file = _open_file(manifest, i, size, shards)
             length = MAX_ANNOUNCED if size < 0 else size
             os.posix_fadvise(file.descriptor, offset, length, os.POSIX_FADV_WILLNEED)
         except OSError:
@@ -182,5 +182,9 @@ def open_clip(manifest: Manifest, i: int, shards: ShardFiles) -> ClipBytes:
     Raises:
         OSError: the file is not there or cannot be read.
     """
-    path, (offset, size) = manifest.path(i), manifest.extent(i)
-    return ClipBytes(OpenFile(path) if size < 0 else shards.open(path), offset, size)
+    offset, size = manifest.extent(i)
+    return ClipBytes(_open_file(manifest, i, size, shards), offset, size)
+
+
+def _open_file(manifest: Manifest, i: int, size: int, shards: ShardFiles) -> OpenFile:
+    return OpenFile(manifest.path(i)) if size < 0 else shards.open(manifest.file_name(i))

@@ -121,7 +121,11 @@ class Manifest:
 
     def path(self, i: int) -> Path:
         """Absolute path of the file that holds clip `i`."""
-        return self.root / self._paths[self._row(i)].as_py()
+        return self.root / self.file_name(i)
+
+    def file_name(self, i: int) -> str:
+        """The same as the manifest has it: relative to `root`, or absolute."""
+        return self._paths[self._row(i)].as_py()
 
     def bad(self, i: int) -> str:
         """Why clip `i` must not be used; "" = good."""

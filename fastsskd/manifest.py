@@ -75,14 +75,19 @@ def load(path: str | Path) -> Manifest:
     return manifest
 
 
-def save(manifest: Manifest, path: str | Path) -> None:
+def save(manifest: Manifest, path: str | Path, folder: Path | None = None) -> None:
     """Write the manifest's selected rows; the file appears whole or not at all.
+
+    A packed manifest in the folder of its shards says so instead of naming the folder, which may then be moved.
+
+    Args:
+        folder: where the file will lie in the end, if not here.
 
     Raises:
         InputError: the folder is missing or cannot be written.
     """
     path = Path(path)
-    moves_along = manifest.source == PACKED and path.absolute().parent == manifest.root.absolute()
+    moves_along = manifest.source == PACKED and (folder or path.parent).absolute() == manifest.root.absolute()
     about = {
         "version": VERSION,
         "classes": manifest.classes,

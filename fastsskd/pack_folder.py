@@ -78,7 +78,7 @@ def write_rejected(out: Path, reasons: dict[str, str]) -> None:
 def write_result(out: Path, packed: Manifest) -> None:
     """Write the manifest, and with it that everything else is there."""
     temporary = out / WORK / f"{MANIFEST}.tmp"
-    save(packed, temporary)
+    save(packed, temporary, folder=out)
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, out / MANIFEST)

@@ -29,7 +29,7 @@ from fastsskd.recycle import Recycler
 from fastsskd.sampler import Sampler
 
 _CROP_STREAM = 100  # random streams from 100 on are ours; below, the masks' (kernels/random.py)
-PART = 4
+PART = 8
 """Clips that a worker takes at a time: enough to be worth a call of DALI, few enough to stay in cache."""
 
 
@@ -97,7 +97,8 @@ class Stream:
         self._s = settings
         self._plans = self._plan(epoch, position)
         self._ahead: deque[_Work] = deque()
-        self._shards, self._memory, self._own = ShardFiles(), Recycler(), threading.local()
+        self._shards, self._memory = ShardFiles(settings.manifest.root), Recycler()
+        self._own = threading.local()  # each worker's reader and scratch
         self._on_gpu = settings.device.type == "cuda"
         self._side = torch.cuda.Stream(settings.device) if self._on_gpu else None
         self._stopped, self._failed = threading.Event(), False

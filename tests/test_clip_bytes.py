@@ -45,11 +45,11 @@ def test_clip_that_begins_behind_the_end(file):
 def test_shards_stay_open_up_to_a_number(tmp_path):
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
-    shards = ShardFiles()
+    shards = ShardFiles(tmp_path)
     for number in range(OPEN_SHARDS + 50):
         (tmp_path / f"{number}.tar").write_bytes(b"x" * 10)
-        assert ClipBytes(shards.open(tmp_path / f"{number}.tar"), 0, 10).read().tobytes() == b"x" * 10
-    assert shards.open(tmp_path / f"{number}.tar") is shards.open(tmp_path / f"{number}.tar")
+        assert ClipBytes(shards.open(f"{number}.tar"), 0, 10).read().tobytes() == b"x" * 10
+    assert shards.open(f"{number}.tar") is shards.open(f"{number}.tar")
     assert len(os.listdir("/proc/self/fd")) <= before + OPEN_SHARDS
     del shards
     gc.collect()

@@ -16,7 +16,8 @@ RATE = 44100
 
 
 def reader_of(folder, names, source="", **columns):
-    return ClipReader(from_columns(names, root=folder, source=source, **columns), ShardFiles(), 4)
+    table = from_columns(names, root=folder, source=source, **columns)
+    return ClipReader(table, ShardFiles(folder), 4)
 
 
 def one(reader, i, crop):
@@ -80,7 +81,7 @@ def test_marked_clips_are_not_read(tmp_path):
     table = from_columns(["a.wav"], root=tmp_path)
     index = table.table.schema.get_field_index("bad")
     marked = table.replace(table=table.table.set_column(index, table.table.schema.field("bad"), [["too loud"]]))
-    assert str(one(ClipReader(marked, ShardFiles(), 1), 0, Crop(100))) == "too loud"
+    assert str(one(ClipReader(marked, ShardFiles(tmp_path), 1), 0, Crop(100))) == "too loud"
 
 
 def test_a_part_is_read_and_no_more(tmp_path, monkeypatch):
@@ -109,5 +110,5 @@ def test_clips_are_announced_where_they_lie(tmp_path, monkeypatch):
     )
     asked = []
     monkeypatch.setattr("os.posix_fadvise", lambda descriptor, offset, size, what: asked.append((offset, size)))
-    announce(table, np.arange(5), ShardFiles())
+    announce(table, np.arange(5), ShardFiles(tmp_path))
     assert asked == [(0, MAX_ANNOUNCED), (512, 3000)]

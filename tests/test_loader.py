@@ -318,7 +318,7 @@ def test_the_inputs_for_a_gpu_give_the_same_waveforms(damaged):
         for name, value in zip(("start", "end"), segment, strict=True):
             values = pa.array([value] * len(table), pa.float32())
             columns = columns.set_column(SCHEMA.get_field_index(name), SCHEMA.field(name), values)
-        reader, crop = ClipReader(table.replace(table=columns), ShardFiles(), 1), Crop(15360, 0.37)
+        reader, crop = ClipReader(table.replace(table=columns), ShardFiles(table.root), 1), Crop(15360, 0.37)
         for i in range(len(table)):
             if table.path(i).name not in good:
                 continue
