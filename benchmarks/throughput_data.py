@@ -162,14 +162,15 @@ def repeat(
 
     Args:
         rows: of them in all; default: ``times`` as many as ``clips`` has.
-        paths: other paths for the rows.
+        paths: other paths for the rows, relative to the manifest.
     """
     table = pa.concat_tables([clips.materialise()] * times)[:rows].combine_chunks()
     columns = {"key": [f"{row:08d}" for row in range(len(table))]} | ({"path": paths} if paths else {})
     for name, values in columns.items():
         place = table.schema.get_field_index(name)
         table = table.set_column(place, table.schema.field(name), pa.array(values, pa.string()))
-    manifest.save(clips.replace(table=table, rows=None), target)
+    root = target.parent if paths else clips.root
+    manifest.save(clips.replace(table=table, rows=None, root=root), target)
 
 
 def _references(clips: list[np.ndarray], ogg: list[Path]) -> dict[str, np.ndarray]:
