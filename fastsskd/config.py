@@ -40,6 +40,7 @@ class RunConfig:
     log_every: int = _option(10, "optimizer steps between two lines in metrics.jsonl", low=1)
     checkpoint_every: int = _option(0, "optimizer steps between two checkpoints; 0 = only at the end of a stage", low=0)
     keep_checkpoints: int = _option(2, "checkpoints kept for --resume", low=2)
+    timeout: int = _option(600, "seconds a rank waits for the others before it ends the run", low=5)
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ class OptimConfig:
     schedule: str = _option("cosine", "after the warm-up: cosine to zero, or constant", choices=("cosine", "constant"))
     betas: tuple[float, ...] = _option([0.9, 0.95], "AdamW betas")
     weight_decay: float = _option(0.05, "AdamW weight decay; biases, norms, positions and tokens have none", low=0.0)
+    max_bad_steps: int = _option(5, "stop after so many steps in a row whose loss or gradients are not finite", low=1)
 
 
 @dataclass(frozen=True)

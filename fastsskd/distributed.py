@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 
-def start(device: str) -> None:
+def start(device: str, timeout: float = 600.0) -> None:
     """Initialise DeepSpeed's process group: NCCL on GPUs, gloo on CPUs; a lone process becomes rank 0 of 1.
 
-    ``device`` is ``"cpu"`` or ``"cuda"``.
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+        timeout: seconds that a rank waits for the others, here and in this file's functions.
     """
+    global _timeout
+    _timeout = timedelta(seconds=timeout)
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -29,11 +35,14 @@ def start(device: str) -> None:
     # On a CPU DeepSpeed would compile a shared-memory collective (43 s, needs ninja, leaves 69 MB a rank in /dev/shm)
     # that gloo does without. A private name: setup.py pins the version.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # What it says of a skipped step we say better, with the clips: bad_steps.py.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "OVERFLOW" not in record.getMessage())
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     elif "OMP_NUM_THREADS" not in os.environ:  # every rank would take all cores
         torch.set_num_threads(cores_per_rank())
-    deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
+    backend = "nccl" if device == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=_timeout)
 
 
 def cores_per_rank() -> int:
@@ -77,10 +86,17 @@ def gather_numbers(values: list[int]) -> list[list[int]]:
 
 
 _group: Any = None
+_timeout = timedelta(seconds=600)
 
 
 def _cpu_group() -> Any:
     global _group
     if _group is None:
-        _group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        is_gloo = dist.get_backend() == "gloo"
+        _group = dist.group.WORLD if is_gloo else dist.new_group(backend="gloo", timeout=_timeout)
     return _group
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Whether ``error`` is a collective's: another rank has ended, or did not come in time."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())

@@ -59,6 +59,14 @@ OWNED_BY_TOML = {
     "curriculum_learning": "[data]",
     "dataloader_drop_last": "the loader, which drops the tail of an epoch to whole global batches",
 }
+#: Settings that would break a promise: section, key, the value refused, why.
+REFUSED = (
+    ("bf16", "check_grad_overflow", False, "one NaN would spoil the weights of every rank; remove it"),
+    ("zero_optimization", "compute_grad_norm", False, "one NaN would spoil the weights of every rank; remove it"),
+    ("zero_optimization", "round_robin_gradients", True, "DeepSpeed 0.19 then mixes up the float32 weights; remove it"),
+    ("bf16", "bf16_master_weights_and_grads", True, "checkpoints hold float32 master weights; remove it"),
+    ("fp16", "fp16_master_weights_and_grads", True, "checkpoints hold float32 master weights; remove it"),
+)
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,7 @@ def load(path: str | Path) -> dict[str, Any]:
     if type(clipping) not in (int, float) or not clipping >= 0.0:
         raise UsageError(f"ds_config {path}: gradient_clipping must be a number from 0 on, got {clipping!r}")
     _check_precision(tree, path)
+    _check_refused(tree, path)
     return tree
 
 
@@ -114,6 +123,16 @@ def precision(tree: dict[str, Any]) -> str:
         if tree.get(name, {}).get("enabled", False):
             return name
     return "fp32"
+
+
+def _check_refused(tree: dict[str, Any], path: Path) -> None:
+    for section, key, value, why in REFUSED:
+        if tree.get(section, {}).get(key) is value:
+            raise UsageError(f"ds_config {path}: {section}.{key} = {json.dumps(value)}: {why}")
+    for key in ("offload_optimizer", "offload_param"):
+        where = tree.get("zero_optimization", {}).get(key)
+        if isinstance(where, dict) and where.get("device", "none") != "none":
+            raise UsageError(f"ds_config {path}: zero_optimization.{key} is not supported; use more ranks or ZeRO-3")
 
 
 def _check_precision(tree: dict[str, Any], path: Path) -> None:
@@ -138,17 +157,27 @@ def check_device(tree: dict[str, Any], device: str) -> None:
     if device == "cpu" and name == "fp16":
         raise UsageError('ds_config: fp16 needs a GPU; on a CPU use "bf16": {"enabled": true} or neither')
     if device == "cuda":
-        major, minor = torch.cuda.get_device_capability()
-        card = torch.cuda.get_device_name()
-        if f"sm_{major}{minor}" not in torch.cuda.get_arch_list() and (major, minor) < (7, 5):
-            raise UsageError(
-                f"this torch build has no code for {card} (sm_{major}{minor}); install the cu126 build of torch 2.11 "
-                "and fastsskd[cuda12]: see 'V100' in README.md"
-            )
-        if name == "bf16" and major < 8:
-            raise UsageError(
-                f"ds_config: {card} (sm_{major}{minor}) has no bf16; use launch/ds_config_v100.json (fp16)"
-            )
+        capability = torch.cuda.get_device_capability()
+        card = f"{torch.cuda.get_device_name()} (sm_{capability[0]}{capability[1]})"
+        if not _has_code_for(capability, torch.cuda.get_arch_list()):
+            build = "cu126 build of torch 2.11 and fastsskd[cuda12]: see 'V100' in README.md"
+            if capability >= (7, 5):
+                build = "newest build of torch 2.11 (cu130) and fastsskd[cuda13]"
+            raise UsageError(f"this torch build has no code for {card}; install the {build}")
+        if name == "bf16" and capability < (8, 0):
+            raise UsageError(f"ds_config: {card} has no bf16; use launch/ds_config_v100.json (fp16)")
+
+
+def _has_code_for(capability: tuple[int, int], built_for: list[str]) -> bool:
+    """Whether a torch build runs on a card: ``sm_`` code on the same major version, ``compute_`` code on any later."""
+    for name in built_for:
+        kind, _, digits = name.partition("_")
+        if not digits.isdigit():  # "sm_90a": some kernels more, not all
+            continue
+        built = int(digits[:-1]), int(digits[-1])
+        if built <= capability and (kind == "compute" or built[0] == capability[0]):
+            return True
+    return False
 
 
 def batch_sizes(tree: dict[str, Any], world_size: int) -> BatchSizes:

@@ -13,27 +13,33 @@ import torch
 from torch import Tensor
 
 from fastsskd import distributed
+from fastsskd.alive import Launcher
+from fastsskd.bad_steps import BadStep, BadSteps, Forward
 from fastsskd.batch import Batch
-from fastsskd.errors import InputError
+from fastsskd.errors import SharedError
 from fastsskd.loader import Loader
 from fastsskd.schedule import learning_rate, set_learning_rate
 from fastsskd_kernels import derive_seed
 
 
 class Stopped(Exception):
-    """The run was asked to stop (SIGTERM, Ctrl-C) and every rank saved the same step."""
+    """The run was asked to stop (SIGTERM, Ctrl-C, end of the launcher) and every rank saved the same step."""
 
 
 class StopFlag:
-    """Set by SIGTERM and SIGINT; a second SIGINT kills at once."""
+    """Set by SIGTERM and SIGINT, and when the launcher has ended; a second SIGINT kills at once."""
 
     def __init__(self):
-        self.set = False
+        self._signalled, self._launcher = False, Launcher()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
+    @property
+    def set(self) -> bool:
+        return self._signalled or self._launcher.gone()
+
     def _handle(self, number: int, frame: Any) -> None:
-        self.set = True
+        self._signalled = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -48,6 +54,7 @@ class StagePlan:
         accumulation: micro-batches per optimizer step.
         seed: of the draws inside the model (stochastic depth).
         log_every: optimizer steps between two calls of ``on_log``.
+        max_bad_steps: steps in a row with a loss or gradient that is not finite, at which the run ends.
     """
 
     name: str
@@ -59,6 +66,7 @@ class StagePlan:
     accumulation: int
     seed: int
     log_every: int
+    max_bad_steps: int = 5
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,7 @@ def train_stage(
     stop: StopFlag | None = None,
     on_log: Callable[[Log], None] = lambda log: None,
     on_step: Callable[[int, bool], None] = lambda step, stopping: None,
+    on_bad: Callable[[BadStep], None] = lambda bad: None,
 ) -> None:
     """Train from ``start_step`` to the end of the stage.
 
@@ -100,14 +109,16 @@ def train_stage(
         loader: at the cursor that belongs to ``start_step``.
         on_log: called every ``plan.log_every`` steps.
         on_step: called after each optimizer step with the number done and whether the run is stopping; saves.
+        on_bad: called with each step that was skipped because something was not finite.
 
     Raises:
         Stopped: after ``on_step`` of the step at which all ranks agreed to stop.
-        InputError: the loss is not finite.
+        InputError: too many bad steps in a row.
     """
     engine.train()
     batches = _forever(loader)
     meter = _Meter(plan.log_every)
+    bad_steps = BadSteps(plan.name, plan.max_bad_steps, on_bad)
     for step in range(start_step, plan.total_steps):
         lr = learning_rate(step, plan.total_steps, plan.warmup_steps, plan.peak_lr, plan.schedule)
         set_learning_rate(engine.optimizer, lr)
@@ -115,10 +126,10 @@ def train_stage(
         torch.manual_seed(derive_seed(plan.seed, step, distributed.rank()))
         micro_batches = [meter.wait(batches) for _ in range(plan.accumulation)]
         weights, clips, stopping = _agree(micro_batches, stop is not None and stop.set)
-        _step(engine, micro_batches, weights, meter)
-        meter.count(clips)
+        forwards = _step(engine, micro_batches, weights)
+        meter.add(bad_steps.after(step + 1, forwards, engine.optimizer), clips)
         if meter.due(step + 1) or step + 1 == plan.total_steps or stopping:
-            on_log(_checked(meter.log(step + 1, lr, _grad_norm(engine)), plan.name))
+            on_log(meter.log(step + 1, lr, _grad_norm(engine)))
         on_step(step + 1, stopping)
         if stopping:
             raise Stopped(f"{plan.name}: stopped after step {step + 1}")
@@ -147,32 +158,36 @@ def _agree(micro_batches: list[Batch], stop: bool) -> tuple[list[float], int, bo
     return weights, total, any(numbers[-1] for numbers in ranks)
 
 
-def _step(engine: Any, micro_batches: list[Batch], weights: list[float], meter: _Meter) -> None:
+def _step(engine: Any, micro_batches: list[Batch], weights: list[float]) -> list[Forward]:
     """Forward and backward of the micro-batches that have clips on every rank, then the optimizer."""
     used = [(batch, weight) for batch, weight in zip(micro_batches, weights, strict=True) if weight > 0]
+    forwards = []
     for number, (batch, weight) in enumerate(used, 1):
         if len(micro_batches) > 1:
             engine.set_gradient_accumulation_boundary(number == len(used))
         loss, metrics = engine(batch)
-        engine.backward(loss * weight if weight != 1.0 else loss)
+        # 0 x loss is 0, or NaN if the loss is not finite; then the gradients are too, and every rank skips the step.
+        engine.backward(loss * (0.0 * loss.detach() + weight))
+        _optimize(engine)
+        forwards.append(Forward(batch, {"loss": loss.detach(), **metrics}, weight / len(micro_batches)))
+    return forwards
+
+
+def _optimize(engine: Any) -> None:
+    try:
         engine.step()
-        meter.add({"loss": loss.detach(), **metrics}, weight / len(micro_batches))
+    except Exception as error:  # DeepSpeed's is as bare as that
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise SharedError(
+            "fp16: the gradients overflow even at the smallest loss scale (fp16.min_loss_scale); lower the learning "
+            "rate, or use bf16 or fp32; --resume continues from the last checkpoint"
+        ) from None
 
 
 def _grad_norm(engine: Any) -> float:
     norm = getattr(engine, "get_global_grad_norm", lambda: None)()
     return math.nan if norm is None else float(norm)
-
-
-def _checked(log: Log, name: str) -> Log:
-    loss = log.metrics.get("loss", 0.0)
-    if not math.isfinite(loss):
-        bad = [key for key, value in log.metrics.items() if key != "loss" and not math.isfinite(value)]
-        raise InputError(
-            f"{name}: the loss is {loss} by step {log.step} ({', '.join(bad) or 'in total'}); lower the learning rate "
-            "or use bf16 or fp32; --resume continues from the last checkpoint"
-        )
-    return log
 
 
 class _Meter:
@@ -193,13 +208,13 @@ class _Meter:
         self.waited += time.perf_counter() - begin
         return batch
 
-    def add(self, metrics: dict[str, Tensor], weight: float) -> None:
-        for name, value in metrics.items():
-            value = value.float() * weight
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.weight += weight
-
-    def count(self, clips: int) -> None:
+    def add(self, forwards: list[Forward], clips: int) -> None:
+        """Count a step: what this rank's micro-batches gave, and the clips of all ranks."""
+        for forward in forwards:
+            for name, value in forward.values.items():
+                value = value.float() * forward.weight
+                self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.weight += forward.weight
         self.clips += clips
 
     def due(self, step: int) -> bool:

@@ -7,6 +7,10 @@ class InputError(Exception):
     exit_code = 1
 
 
+class SharedError(InputError):
+    """An input error that every rank raises in the same words, so that one of them speaks for all."""
+
+
 class UsageError(InputError):
     """The command or its configuration is wrong (unknown key, value out of range). Commands exit with 2."""
 

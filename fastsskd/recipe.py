@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable
+import os
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastsskd_kernels as kernels
-from fastsskd import checkpoint, distributed, ds_config, weights
+from fastsskd import checkpoint, distributed, ds_config, engine_state, weights
+from fastsskd.alive import Watchdog
+from fastsskd.bad_steps import BadStep, SkippingAdamW
 from fastsskd.class_map import load_class_map
 from fastsskd.config import Config, StageConfig
 from fastsskd.datasets import open_data
 from fastsskd.distill import Distill
-from fastsskd.engine import Log, StagePlan, StopFlag, train_stage
-from fastsskd.errors import InputError
+from fastsskd.engine import Log, StagePlan, StopFlag, Stopped, train_stage
+from fastsskd.errors import InputError, SharedError
 from fastsskd.evaluate import mean_scores, summarise
 from fastsskd.figures import draw_views
 from fastsskd.imagenet import initialise_from_image_model
@@ -50,6 +55,7 @@ class Recipe:
         self.stages = plan_stages(config)
         self.data = open_data(config, self.sizes.total)
         self.stop = StopFlag()
+        self.watchdog = Watchdog(config.run.timeout, self._give_up)
         self.skipped: dict[str, str] = {}
 
     def run(self) -> dict[str, Any]:
@@ -62,7 +68,7 @@ class Recipe:
             if self.folder.is_done(stage.name):
                 self.folder.say(f"{stage.name}: done before, not trained again")
                 continue
-            selected = self._train(stage, resolved)
+            selected = self.folder.trained(stage.name) or self._train(stage, resolved)
             metrics = None if stage.kind == "ssl" else {**self.evaluate([stage]), "weights": selected}
             self.folder.finish_stage(stage.name, metrics, self.skipped)
         return self._finish()
@@ -101,19 +107,31 @@ class Recipe:
         """Metrics of one stage's model, or of the mean of several models' probabilities, on the evaluation set."""
         return self._score(weights.load_model(self.folder.model(stage.name), self.device) for stage in stages)
 
-    def _score(self, models: Iterable[tuple[ACM, weights.ModelInfo]]) -> dict[str, Any]:
+    def _score(self, models: Iterable[tuple[ACM, weights.ModelInfo]], stoppable: bool = True) -> dict[str, Any]:
         clips, workers = self.data.evaluation, self.config.data.workers
         options = {"device": self.device, "workers": workers, "skip_log": self.folder.skip_log}
-        scores = mean_scores(models, clips, self.sizes.micro, **options)
+        watched = ((self._watched(model, stoppable), info) for model, info in models)
+        scores = mean_scores(watched, clips, self.sizes.micro, **options)
         self.skipped.update(scores.skipped)
         return summarise(scores.probs, scores, clips)
 
+    def _watched(self, model: ACM, stoppable: bool) -> Callable[[torch.Tensor], Any]:
+        """``model``, but each batch is progress, and before it all ranks stop if one of them was asked to."""
+
+        def forward(fbank: torch.Tensor) -> Any:
+            self.watchdog.beat()
+            if stoppable and any(asked for (asked,) in distributed.gather_numbers([int(self.stop.set)])):
+                raise Stopped("stopped while evaluating")
+            return model(fbank)
+
+        return forward
+
     def _evaluate_state(self, state: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Metrics of weights in memory, on the evaluation set."""
+        """Metrics of weights in memory, on the evaluation set; in the midst of training, which alone can save."""
         info = self._info()
         model = build_model(info.size, len(info.classes), seconds=info.seconds)
         model.load_state_dict(state)
-        return self._score([(model.to(self.device).eval(), info)])
+        return self._score([(model.to(self.device).eval(), info)], stoppable=False)
 
     def _plan(self, stage: Stage) -> StagePlan:
         settings, optim = self._settings(stage), self.config.optim
@@ -129,6 +147,7 @@ class Recipe:
             accumulation=self.sizes.accumulation,
             seed=self._seed(stage),
             log_every=self.config.run.log_every,
+            max_bad_steps=optim.max_bad_steps,
         )
 
     def _clips(self, stage: Stage) -> Manifest:
@@ -151,11 +170,10 @@ class Recipe:
         untrained = {n: p.detach().clone() for n, p in module.model.named_parameters() if not p.requires_grad}
         loader = self._loader(stage, waveform=teacher is not None)
         self.folder.say(f"{stage.name}: loads {loader.describe()}")
-        engine, *_ = deepspeed.initialize(
-            model=module.to(self.device),
-            optimizer=build_optimizer(module, self._settings(stage), self.config.optim),
-            config=resolved,
-        )
+        optimizer = build_optimizer(module, self._settings(stage), self.config.optim)
+        if ds_config.zero_stage(self.deepspeed_config) == 0:
+            optimizer = SkippingAdamW(optimizer.param_groups)
+        engine, *_ = deepspeed.initialize(model=module.to(self.device), optimizer=optimizer, config=resolved)
         selection = Selection(self.config.distill, self._evaluate_state)
         start = self._resume(stage, engine, loader, selection)
         self.folder.begin_stage(stage.name, start)
@@ -163,27 +181,40 @@ class Recipe:
         def on_log(log: Log) -> None:
             self.folder.log(stage.name, plan, log, engine.monitor)
 
+        last_bad = 0
+
+        def on_bad(bad: BadStep) -> None:
+            nonlocal last_bad
+            last_bad = bad.step
+            self.folder.log_bad_step(stage.name, bad)
+
         def on_step(step: int, stopping: bool) -> None:
             epoch, inside = divmod(step, plan.steps_per_epoch)
             if not inside and stage.kind == "distill" and selection.wants(epoch):
-                selection.add(epoch, checkpoint.full_state(engine, untrained))
+                selection.add(epoch, engine_state.full_state(engine, untrained))
                 engine.train()
             every = self.config.run.checkpoint_every
-            if stopping or (every and step % every == 0 and step < plan.total_steps):
+            due = every and step % every == 0 and step < plan.total_steps
+            # Not in the midst of bad steps: a resume goes back to before them.
+            if stopping or (due and step != last_bad):
                 self._save(stage, engine, step, loader, selection)
+            self.watchdog.beat()
 
+        hooks = {"stop": self.stop, "on_log": on_log, "on_step": on_step, "on_bad": on_bad}
         try:
-            train_stage(engine, loader, plan, start_step=start, stop=self.stop, on_log=on_log, on_step=on_step)
+            with self.watchdog if distributed.world_size() > 1 else contextlib.nullcontext():
+                train_stage(engine, loader, plan, start_step=start, **hooks)
         finally:
             self.skipped.update(loader.skipped)
             loader.close()
-        state = selection.result(checkpoint.full_state(engine, untrained))
-        if distributed.rank() == 0:
-            weights.save_model(self.folder.model(stage.name), state, self._info())
-            if stage.kind == "ssl":
-                draw_views(self.folder.model(stage.name), self.data.evaluation, self.config.mask, self.folder.plots)
+        state = selection.result(engine_state.full_state(engine, untrained))
+        model, is_first = self.folder.model(stage.name), distributed.rank() == 0
+        checkpoint.write_together(lambda: weights.save_model(model, state, self._info()) if is_first else None, model)
+        if is_first and stage.kind == "ssl":
+            draw_views(model, self.data.evaluation, self.config.mask, self.folder.plots)
         engine.destroy()
         distributed.barrier()
+        self.folder.note_trained(stage.name, selection.note, self.skipped)
         return selection.note
 
     def _fresh_model(self, drop_path: float = 0.0) -> ACM:
@@ -290,6 +321,7 @@ class Recipe:
             step=step,
             global_step=done + step,
             loader=loader.state_dict(),
+            batch_size=self.sizes.total,
             world_size=distributed.world_size(),
             zero_stage=ds_config.zero_stage(self.deepspeed_config),
             precision=ds_config.precision(self.deepspeed_config),
@@ -303,18 +335,25 @@ class Recipe:
         if found is None:
             return 0
         path, progress = found
-        now = (
-            distributed.world_size(),
-            ds_config.zero_stage(self.deepspeed_config),
-            ds_config.precision(self.deepspeed_config),
-        )
-        then = (progress.world_size, progress.zero_stage, progress.precision)
-        if now != then:
-            raise InputError(
-                f"checkpoint {path}: written by {then[0]} rank(s), ZeRO {then[1]}, {then[2]}; this run has {now[0]}, "
-                f"ZeRO {now[1]}, {now[2]}; resume with the same"
+        if progress.batch_size != self.sizes.total:
+            raise SharedError(
+                f"checkpoint {path}: written with train_batch_size {progress.batch_size}, this run has "
+                f"{self.sizes.total}; resume with the same total, split over ranks and accumulation as you like"
             )
         selection.kept, selection.note = checkpoint.restore(engine, path), progress.note
         loader.load_state_dict(progress.loader)
-        self.folder.say(f"{stage.name}: continues from step {progress.step} ({path.name})")
+        self.folder.say(
+            f"{stage.name}: continues from step {progress.step} ({path.name}, written by {progress.world_size} "
+            f"rank(s), ZeRO {progress.zero_stage}, {progress.precision})"
+        )
         return progress.step
+
+    def _give_up(self) -> None:
+        """End this process, whose main thread waits for another rank, and will for long."""
+        error = InputError(
+            f"rank {distributed.rank()}: no step for {self.config.run.timeout} s (run.timeout): another rank, or a "
+            "disk, stands still; --resume continues from the last checkpoint"
+        )
+        self.folder.fail(error)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)

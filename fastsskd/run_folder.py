@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import platform
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsskd import __version__, distributed
+from fastsskd.bad_steps import BadStep
 from fastsskd.checkpoint import write_json
 from fastsskd.config import Config, to_toml
 from fastsskd.engine import Log, StagePlan
@@ -19,7 +22,7 @@ from fastsskd.errors import InputError
 from fastsskd.progress import ProgressLine
 from fastsskd.weights import MODEL_FILE
 
-RESULT, PROGRESS, METRICS = "result.json", "progress.json", "metrics.jsonl"
+RESULT, PROGRESS, METRICS, BAD_STEPS = "result.json", "progress.json", "metrics.jsonl", "bad_steps.jsonl"
 LINE_FIELDS = {"stage", "step", "epoch", "lr", "grad_norm", "clips_per_second", "clips", "seconds", "wait"}
 """Of a line of metrics.jsonl; whatever else it holds is the loss, its terms, and the health of the features."""
 _PACKAGES = ("torch", "torchaudio", "timm", "deepspeed", "numba", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
@@ -44,9 +47,9 @@ class RunFolder:
         self.is_writer = distributed.rank() == 0
         self._check(resume)
         distributed.barrier()  # nobody writes before everybody has looked
-        self.progress: dict[str, Any] = {"stages": {}}
+        self.progress: dict[str, Any] = {"stages": {}, "trained": {}}
         if resume and (self.path / PROGRESS).exists():
-            self.progress = json.loads((self.path / PROGRESS).read_text(encoding="utf-8"))
+            self.progress |= json.loads((self.path / PROGRESS).read_text(encoding="utf-8"))
         self._begun = time.time()
         self.line: ProgressLine | None = None
 
@@ -71,11 +74,22 @@ class RunFolder:
     def is_done(self, stage: str) -> bool:
         return stage in self.progress["stages"] and self.model(stage).exists()
 
+    def trained(self, stage: str) -> dict[str, Any] | None:
+        """What :meth:`note_trained` kept of a stage whose training has ended, though its evaluation may not."""
+        return self.progress["trained"].get(stage) if self.model(stage).exists() else None
+
+    def note_trained(self, stage: str, note: dict[str, Any], skipped: dict[str, str]) -> None:
+        """Note that the model of ``stage`` is there, which weights it has, and the clips left out so far."""
+        self.progress["trained"][stage] = note
+        self._note_skipped(skipped)
+        self._save_progress()
+
     def begin(self, steps: dict[str, int], deepspeed_config: dict[str, Any], num_train: int, num_eval: int) -> None:
         """Claim the folder: write the configuration, drop what a killed run logged after its last checkpoint."""
         self.line = ProgressLine(steps, self.is_writer)
         if self.is_writer:
             self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / RESULT).unlink(missing_ok=True)  # an earlier try's; a run that is killed leaves none
             (self.path / "config.toml").write_text(to_toml(self.config), encoding="utf-8")
             write_json(self.path / "ds_config.json", deepspeed_config)
             if not self.resumed:
@@ -98,8 +112,7 @@ class RunFolder:
         self._logged_step = step
         if not (self.is_writer and self.resumed):
             return
-        lines = (self.path / METRICS).read_text(encoding="utf-8").splitlines()
-        kept = [line for line in map(json.loads, lines) if line["stage"] != stage or line["step"] <= step]
+        kept = [line for line in read_metrics(self.path) if line["stage"] != stage or line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         temporary = self.path / f".{METRICS}.tmp"
         temporary.write_text(text, encoding="utf-8")
@@ -109,14 +122,14 @@ class RunFolder:
         """One line of metrics.jsonl, one of progress, and the logging back-ends that the ds_config switched on."""
         self.line.log(stage, plan, log, log.step - self._logged_step)
         self._logged_step = log.step
-        if not self.is_writer:
+        if not self.is_writer or "loss" not in log.metrics:  # not one good step since the last log
             return
         line = {
             "stage": stage,
             "step": log.step,
             "epoch": log.step / plan.steps_per_epoch,
             "lr": log.lr,
-            "grad_norm": None if log.grad_norm != log.grad_norm else log.grad_norm,
+            "grad_norm": log.grad_norm if math.isfinite(log.grad_norm) else None,
             "clips_per_second": log.clips / max(log.seconds, 1e-9),
             "clips": log.clips,
             "seconds": log.seconds,
@@ -131,9 +144,20 @@ class RunFolder:
             }
             monitor.write_events([(f"{stage}/{name}", value, log.step) for name, value in numbers.items()])
 
+    def log_bad_step(self, stage: str, bad: BadStep) -> None:
+        """Name the clips of a step that was skipped, and say so."""
+        if self.is_writer:
+            with open(self.path / BAD_STEPS, "a", encoding="utf-8") as file:
+                for suspect in bad.suspects:
+                    line = {"stage": stage, "step": bad.step, **suspect, "loss": str(suspect["loss"])}
+                    file.write(json.dumps(line) + "\n")
+        keys = [key for suspect in bad.suspects for key in suspect["keys"]]
+        named = ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
+        self.say(f"{stage}: skipped step {bad.step}: {bad}; clips in {self.path / BAD_STEPS}: {named}")
+
     def finish_stage(self, stage: str, metrics: dict[str, Any] | None, skipped: dict[str, str]) -> None:
         """Note that ``stage`` is done, with its evaluation (None after SSL) and the clips left out so far."""
-        self.progress["skipped"] = {**self.progress.get("skipped", {}), **skipped}
+        self._note_skipped(skipped)
         self.progress["stages"][stage] = {"metrics": metrics, **self._stage_summary(stage)}
         self._save_progress()
         if metrics:
@@ -176,15 +200,21 @@ class RunFolder:
         if self.line is not None:
             self.finish({"status": "failed", "reason": str(error).splitlines()[0] if str(error) else repr(error)})
 
+    def _note_skipped(self, skipped: dict[str, str]) -> None:
+        self.progress["skipped"] = {**self.progress.get("skipped", {}), **skipped}
+
     def _save_progress(self) -> None:
         if self.is_writer:
             write_json(self.path / PROGRESS, self.progress)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
-    file = path / METRICS
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    """The lines of a run's metrics.jsonl; one that a kill or a full disk cut short is not among them."""
+    file, found = path / METRICS, []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -6,11 +6,12 @@ Runs the whole recipe, or the stages that the config names. ``torchrun`` and pla
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 
 from fastsskd import config, ds_config
-from fastsskd.errors import InputError
+from fastsskd.errors import InputError, SharedError
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -49,7 +50,7 @@ def run(settings: config.Config, deepspeed_config: dict, resume: bool) -> int:
     ds_config.check_device(deepspeed_config, device)
     from fastsskd import distributed
 
-    distributed.start(device)
+    distributed.start(device, settings.run.timeout)
     from fastsskd.engine import Stopped
     from fastsskd.recipe import Recipe
     from fastsskd.report import show
@@ -64,13 +65,31 @@ def run(settings: config.Config, deepspeed_config: dict, resume: bool) -> int:
         folder.say(f"{stopped}; continue with --resume")
         return 1
     except Exception as error:
-        folder.fail(error)
-        if not folder.is_writer and isinstance(error, InputError):  # may be this rank's alone; rank 0 speaks in main
-            print(f"error (rank {distributed.rank()}): {error}", file=sys.stderr, flush=True)
-        raise
+        reason = explain(error)
+        folder.fail(reason)
+        alone = isinstance(reason, InputError) and not isinstance(reason, SharedError)
+        if alone and not folder.is_writer:  # rank 0 speaks in main
+            print(f"error (rank {distributed.rank()}): {reason}", file=sys.stderr, flush=True)
+        if reason is error:
+            raise
+        raise reason from None
     if folder.is_writer:
         print(show(folder.path, result))
     return 0
+
+
+def explain(error: Exception) -> Exception:
+    """The one line for what is nobody's mistake: another rank has ended, or the disk is full."""
+    from fastsskd import distributed
+
+    if distributed.lost_contact(error):
+        return InputError(
+            f"rank {distributed.rank()} lost contact with another rank, which was killed or stands still; --resume "
+            f"continues from the last checkpoint ({str(error).strip().splitlines()[0][:160]})"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return InputError(f"{error.filename or 'the run'}: {error.strerror}; make room, then --resume")
+    return error
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from training import ForkedTraining, save_tones
 
 import fastsskd_kernels as kernels
+from fastsskd import layouts, manifest
 from fastsskd.batch import Batch
 from fastsskd.model import build_model
 from fastsskd.patches import num_input_frames
@@ -90,3 +92,20 @@ class NoWaiting(TorchDispatchMode):
 @pytest.fixture
 def no_waiting():
     return NoWaiting
+
+
+@pytest.fixture(scope="session")
+def training(tmp_path_factory):
+    """Starts trainings in processes of their own, see ``training.py``."""
+    with ForkedTraining(tmp_path_factory.mktemp("logs")) as forked:
+        yield forked
+
+
+@pytest.fixture(scope="session")
+def tones(tmp_path_factory):
+    """Manifest of 40 clips of 0.96 s in 2 classes, low and high tones."""
+    folder = tmp_path_factory.mktemp("clips")
+    save_tones(folder)
+    path = tmp_path_factory.mktemp("tables") / "tones.manifest"
+    manifest.save(layouts.build(folder), path)
+    return path

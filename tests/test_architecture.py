@@ -21,14 +21,15 @@ SOURCES = [
 # everything, and nothing below may use it until it is given a floor here.
 FLOORS = (
     "errors batch distributed skip_log audio_info clip_bytes audio_chunks audio_flac audio_ogg audio_file audio_mp3 "
-    "audio_ffmpeg clip_file ffmpeg_process any_audio clip_encoding sound_synthesis",
-    "config ds_config class_map clip_table clip_columns files_present split manifest listed_layouts tar_layout layouts "
-    "sound_events",
-    "model losses metrics augment decode clip_reader recycle sampler stream loader datasets shards schedule stages",
+    "alive bad_steps audio_ffmpeg clip_file ffmpeg_process any_audio clip_encoding sound_synthesis",
+    "config ds_config class_map patches clip_table clip_columns files_present split manifest listed_layouts tar_layout "
+    "layouts sound_events",
+    "model flops losses metrics augment decode clip_reader recycle sampler stream loader datasets shards schedule "
+    "stages",
     "views weights imagenet",
     "pretrain distill teachers",
     "engine selection checkpoint evaluate predict check figures progress run_folder report recipe pack_folder "
-    "pack_clip pack_report pack_job pack",
+    "engine_state pack_clip pack_report pack_job pack",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 

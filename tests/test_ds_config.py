@@ -98,6 +98,30 @@ def test_a_precision_is_on_or_off(tmp_path, key, value):
     assert f"{key}.enabled must be true or false" in refusal(tmp_path, {key: {"enabled": value}})
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value", "why"),
+    [
+        ("bf16", "check_grad_overflow", False, "one NaN would spoil the weights"),
+        ("zero_optimization", "compute_grad_norm", False, "one NaN would spoil the weights"),
+        ("zero_optimization", "round_robin_gradients", True, "mixes up the float32 weights"),
+        ("bf16", "bf16_master_weights_and_grads", True, "checkpoints hold float32 master weights"),
+        ("fp16", "fp16_master_weights_and_grads", True, "checkpoints hold float32 master weights"),
+    ],
+)
+def test_settings_that_break_a_promise_are_refused(tmp_path, section, key, value, why):
+    text = refusal(tmp_path, {section: {key: value}})
+    assert f"{section}.{key} = {json.dumps(value)}: " in text and why in text and "remove it" in text
+    ds_config.load(write(tmp_path, {section: {key: not value}}))
+
+
+@pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])
+def test_offloading_is_refused(tmp_path, key):
+    text = refusal(tmp_path, {"zero_optimization": {"stage": 3, key: {"device": "cpu"}}})
+    assert f"zero_optimization.{key} is not supported" in text
+    for nowhere in (None, {}, {"device": "none"}):
+        ds_config.load(write(tmp_path, {"zero_optimization": {"stage": 3, key: nowhere}}))
+
+
 @pytest.mark.parametrize("text", ["", "{", "{'a': 1}", "[1", "\x00"])
 def test_a_file_that_is_no_json_is_refused(tmp_path, text):
     assert "not valid JSON" in refusal(tmp_path, text)
@@ -145,9 +169,35 @@ def test_a_v100_needs_its_own_build_and_fp16(monkeypatch):
         ds_config.check_device({"bf16": {"enabled": True}}, "cuda")
 
 
-def test_newer_gpus_take_bf16(monkeypatch):
-    pretend_gpu(monkeypatch, (9, 0), ["sm_75", "sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    ("capability", "built_for"),
+    [
+        ((9, 0), ["sm_75", "sm_80", "sm_90"]),
+        ((8, 9), ["sm_75", "sm_80", "sm_90"]),  # code for an earlier card of the same generation
+        ((12, 1), ["sm_90", "sm_120"]),
+        ((10, 3), ["sm_90", "compute_90"]),  # code that the driver translates
+    ],
+)
+def test_newer_gpus_take_bf16(monkeypatch, capability, built_for):
+    pretend_gpu(monkeypatch, capability, built_for)
     ds_config.check_device({"bf16": {"enabled": True}}, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for"),
+    [
+        ((10, 0), ["sm_75", "sm_80", "sm_90", "sm_90a"]),
+        ((8, 0), ["sm_75", "sm_86"]),
+        ((9, 0), ["compute_100", "sm_100"]),
+    ],
+)
+def test_a_build_without_the_card_s_code_names_the_right_one(monkeypatch, capability, built_for):
+    pretend_gpu(monkeypatch, capability, built_for)
+    with pytest.raises(
+        UsageError, match=r"no code for Some GPU \(sm_.*install the newest build of torch 2.11"
+    ) as caught:
+        ds_config.check_device({}, "cuda")
+    assert "\n" not in str(caught.value)
 
 
 # --------------------------------------------------------------------------------------------------------- batch sizes

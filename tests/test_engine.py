@@ -1,6 +1,7 @@
 """The training loop over a small engine of our own: exact weights, skips, resume, stop."""
 
 import copy
+import dataclasses
 import math
 import os
 import signal
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from fastsskd import distributed, engine
+from fastsskd.bad_steps import SkippingAdamW
 from fastsskd.engine import Log, StagePlan, StopFlag, Stopped, train_stage
 from fastsskd.errors import InputError
 from fastsskd.schedule import learning_rate
@@ -21,7 +23,7 @@ class Clips:
 
     def __init__(self, numbers):
         numbers = np.array(numbers, np.int64)
-        self.numbers = numbers
+        self.numbers, self.key = numbers, [f"clip{number}" for number in numbers]
         self.x = torch.from_numpy(np.stack([np.sin(numbers), np.cos(2.0 * numbers)], axis=1).astype(np.float32))
         self.y = torch.from_numpy(np.sin(0.7 * numbers).astype(np.float32))
 
@@ -354,16 +356,6 @@ def test_the_gradient_norm_is_the_engine_s():
     assert train(own, [[0]], plan(1))[0].grad_norm == 3.5
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(value):
-    own = SmallEngine()
-    own.module.forward = lambda batch: (own.module.weight.sum() * value, {"kl_intra": torch.tensor(value)})
-    with pytest.raises(InputError) as caught:
-        train(own, [[0]], plan(5, log_every=2))
-    text = str(caught.value)
-    assert "iter1-ssl: the loss is" in text and "by step 2 (kl_intra)" in text and "\n" not in text
-
-
 def test_nothing_is_read_from_the_device_between_logs(no_waiting):
     own, stage = SmallEngine(), plan(7, log_every=100)
     before_last = []
@@ -384,3 +376,104 @@ def test_weights_sum_to_the_accumulation_times_the_ranks(monkeypatch):
     monkeypatch.setattr(distributed, "gather_numbers", lambda own: [own, own, own])
     weights, clips, stopping = engine._agree([Clips([0, 1]), Clips([2, 3])], False)
     assert weights == [1.0, 1.0] and clips == 12 and stopping is False
+
+
+# ----------------------------------------------------------------------------------------------------------- bad steps
+
+
+class SkippingEngine(SmallEngine):
+    """Skips as DeepSpeed does. ``bad`` names batches whose loss is a NaN, by their first clip."""
+
+    def __init__(self, bad, value=float("nan"), **options):
+        super().__init__(**options)
+        self.bad, self.value = set(bad), value
+        self.optimizer = SkippingAdamW([{"params": [self.module.weight], "lr_scale": 1.0}])
+
+    def __call__(self, batch):
+        loss, parts = super().__call__(batch)
+        # Added, so that the gradients alone would not tell.
+        return (loss + self.value if int(batch.numbers[0]) in self.bad else loss), parts
+
+
+def state(own):
+    moments = own.optimizer.state[own.module.weight]
+    return [own.module.weight.detach().clone(), *(moments[key].clone() for key in sorted(moments))]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_loss_that_is_not_finite_skips_the_step_though_its_gradient_is_finite(value):
+    own, states, bad = SkippingEngine([2], value), [], []
+    logs = train(own, [[0], [1], [2], [3]], plan(4), on_step=lambda *_: states.append(state(own)), on_bad=bad.append)
+    assert all(torch.equal(a, b) for a, b in zip(states[1], states[2], strict=True))
+    assert not torch.equal(states[2][0], states[3][0])
+    (only,) = bad
+    assert (only.step, only.in_a_row) == (3, 1)
+    assert [(s["rank"], s["keys"]) for s in only.suspects] == [(0, ["clip2"])]
+    assert "the loss of rank 0 is" in str(only) and "max_bad_steps = 5" in str(only)
+    assert "loss" not in logs[2].metrics and all(math.isfinite(logs[i].metrics["loss"]) for i in (0, 1, 3))
+
+
+def test_a_gradient_that_is_not_finite_makes_all_clips_suspect():
+    own, bad = SkippingEngine([]), []
+    own.module.weight.register_hook(lambda gradient: gradient * (float("inf") if len(own.seen) == 2 else 1.0))
+    logs = train(own, [[0], [1, 2], [3]], plan(3), on_bad=bad.append)
+    (only,) = bad
+    assert only.step == 2 and only.suspects[0]["keys"] == ["clip1", "clip2"]
+    assert "a gradient is not finite, though every rank's loss is" in str(only)
+    assert math.isfinite(logs[1].metrics["loss"])
+
+
+def test_only_bad_steps_in_a_row_end_the_run():
+    stage = dataclasses.replace(plan(9), max_bad_steps=3)
+    bad = []
+    train(SkippingEngine([1, 2, 4, 5]), [[i] for i in range(9)], stage, on_bad=bad.append)
+    assert [step.in_a_row for step in bad] == [1, 2, 1, 2]
+    bad.clear()
+    with pytest.raises(InputError) as caught:
+        train(SkippingEngine([2, 3, 4]), [[i] for i in range(9)], stage, on_bad=bad.append)
+    text = str(caught.value)
+    assert "gave up at step 5: the loss of rank 0 is nan (in a row: 3" in text and "\n" not in text
+    assert [step.step for step in bad] == [3, 4, 5]
+
+
+def test_the_good_micro_batches_of_a_bad_step_still_count_in_the_log():
+    own, bad = SkippingEngine([2], accumulation=2), []
+    logs = train(own, [[0, 1], [2, 3]], plan(1, accumulation=2), on_bad=bad.append)
+    assert [suspect["keys"] for suspect in bad[0].suspects] == [["clip2", "clip3"]]
+    assert logs[0].metrics["loss"] == pytest.approx(whole_gradient([0, 1])[1])
+
+
+def test_an_empty_step_after_a_bad_one_is_not_bad():
+    bad = []
+    train(SkippingEngine([1]), [[0], [1], [], [3]], plan(4), on_bad=bad.append)
+    assert [step.step for step in bad] == [2]
+
+
+def test_every_rank_hears_of_the_one_with_the_nan(two_ranks):
+    engines = [SkippingEngine([], average=two_ranks.average), SkippingEngine([11], average=two_ranks.average)]
+    heard = [[], []]
+    batches = ([[0], [1], [2]], [[10], [11], [12]])
+    two_ranks.run(lambda rank: train(engines[rank], batches[rank], plan(3), on_bad=heard[rank].append))
+    for bad in heard:
+        assert [(step.step, step.suspects[0]["rank"], step.suspects[0]["keys"]) for step in bad] == [(2, 1, ["clip11"])]
+    assert torch.equal(engines[0].module.weight, engines[1].module.weight)
+
+
+def test_fp16_in_search_of_its_loss_scale_is_not_bad():
+    own, bad = SkippingEngine([]), []
+    own.optimizer.dynamic_loss_scale = True
+    own.module.weight.register_hook(lambda gradient: gradient * float("inf"))
+    logs = train(own, [[0]], plan(20), on_bad=bad.append)
+    assert bad == [] and len(logs) == 20 and torch.equal(own.module.weight, torch.tensor([0.3, -0.2]))
+
+
+def test_the_smallest_loss_scale_ends_the_run_in_one_line():
+    own = SmallEngine()
+
+    def step():
+        raise Exception("Current loss scale already at minimum - cannot decrease scale anymore. Exiting run.")
+
+    own.step = step
+    with pytest.raises(InputError, match=r"the smallest loss scale \(fp16.min_loss_scale\)") as caught:
+        train(own, [[0]], plan(1))
+    assert "\n" not in str(caught.value)
