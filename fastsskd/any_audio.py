@@ -18,14 +18,12 @@ import soundfile
 import fastsskd_kernels as kernels
 from fastsskd import audio_ffmpeg
 from fastsskd.audio_file import BadClip, check_decoded, check_decoded_length, probe
-from fastsskd.audio_info import AudioInfo, Sliceable
+from fastsskd.audio_info import SAMPLE_RATE, AudioInfo, Sliceable
 from fastsskd.audio_mp3 import find_mpeg_audio, probe_mp3
 from fastsskd.clip_bytes import OpenFile
 from fastsskd.clip_file import FileView, load
 from fastsskd.ffmpeg_process import RemoteReader
 
-SAMPLE_RATE = 16_000
-"""Hz, of what `resampled` gives."""
 BLOCK = 1 << 20
 """Samples, of all channels or at 16 kHz, that are decoded at once."""
 MP3_TOLERANCE = 2 * 1152
@@ -168,8 +166,7 @@ class _SoundfileReader:
     def read(self, num_samples: int) -> np.ndarray:
         with self._readable():
             samples = self._file.read(num_samples, dtype="float32", always_2d=True)
-        # NumPy's own mean over so short an axis takes as long as decoding does.
-        return sum(samples.T) * np.float32(1.0 / samples.shape[1])
+        return kernels.downmix(samples)
 
     def seek(self, sample: int) -> bool:
         if not self.seeks or sample > self._file.frames:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+SAMPLE_RATE = 16_000
+"""Hz, of packed clips and of everything behind the loader."""
 MIN_RATE, MAX_RATE = 1_000, 768_000
 """Sampling rates (Hz) we believe. Resampling 1 Hz to 16 kHz would turn a small file into gigabytes."""
 MAX_CHANNELS = 32

@@ -12,6 +12,7 @@ import torch
 
 import fastsskd_kernels as kernels
 from fastsskd.audio_file import BadClip, probe
+from fastsskd.audio_info import SAMPLE_RATE
 from fastsskd.clip_bytes import ShardFiles
 from fastsskd.clip_reader import ClipReader, Crop, open_clip
 from fastsskd.errors import InputError
@@ -62,7 +63,7 @@ def feature_statistics(
         manifest = manifest.select(np.sort(np.random.default_rng(seed).permutation(len(manifest))[:limit]))
     # Undo nothing: with mean 0 and std 0.5 the loader's normalisation is the identity.
     loader = Loader(manifest, batch_size=16, seconds=seconds, train=True, seed=seed, mean=0.0, std=0.5, workers=workers)
-    frames = kernels.num_frames(round(seconds * 16000))
+    frames = kernels.num_frames(round(seconds * SAMPLE_RATE))
     count, total, square, clips = 0, 0.0, 0.0, 0
     try:
         for batch in loader:

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fastsskd import __version__, distributed, engine_state
+from fastsskd import __version__, distributed, durable, engine_state
 from fastsskd.errors import InputError, SharedError
 
 MANIFEST, EXTRA = "manifest.json", "extra.safetensors"
@@ -83,7 +83,7 @@ def save(
             files.append(temporary / EXTRA)
             save_file({name: value.contiguous() for name, value in extra.items()}, files[-1])
         for file in files:
-            _sync(file)
+            durable.sync(file)
         return {file.name: _hash(file) for file in files}
 
     def publish() -> None:
@@ -93,7 +93,7 @@ def save(
             _write_manifest(temporary, {**asdict(progress), "engine": engine_about, "files": files})
             shutil.rmtree(final, ignore_errors=True)  # the same step of an earlier try
             os.replace(temporary, final)
-            _sync(folder)
+            durable.sync(folder)
             _remove_others(folder, final, keep)
 
     try:
@@ -173,8 +173,8 @@ def _hash(file: Path) -> dict[str, Any]:
 
 def _write_manifest(folder: Path, about: dict[str, Any]) -> None:
     about = {"format": FORMAT, **about, "versions": {"fastsskd": __version__, "torch": torch.__version__}}
-    _write_json(folder / MANIFEST, {**about, "sha256": _own_hash(about)})
-    _sync(folder)
+    write_json(folder / MANIFEST, {**about, "sha256": _own_hash(about)})
+    durable.sync(folder)
 
 
 def _own_hash(about: dict[str, Any]) -> str:
@@ -235,22 +235,4 @@ def write_together(work: Callable[[], Any], target: Path) -> list[Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is whole or not there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    _write_json(temporary, value)
-    os.replace(temporary, path)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    """Have a file or a folder on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    durable.write_text(path, json.dumps(value, indent=1))

@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from fastsskd.any_audio import SAMPLE_RATE
-from fastsskd.audio_info import BadClip
+from fastsskd.audio_info import SAMPLE_RATE, BadClip
 
 ENCODINGS = ("pcm16", "float32", "flac")
 FULL_SCALE = 32768.0

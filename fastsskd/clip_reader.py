@@ -14,14 +14,13 @@ import numpy as np
 
 import fastsskd_kernels as kernels
 from fastsskd.audio_file import AudioInfo, BadClip, check_decoded, probe
+from fastsskd.audio_info import SAMPLE_RATE
 from fastsskd.clip_bytes import ClipBytes, OpenFile, ShardFiles
 from fastsskd.clip_table import PACKED, Manifest
 from fastsskd.decode import Decoded, DecodeError, Decoder
 
 MAX_ANNOUNCED = 1 << 20
 """Bytes of a clip that are asked for ahead; longer ones are read in part."""
-SAMPLE_RATE = 16000
-"""Hz, of everything behind the loader."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +119,7 @@ class ClipReader:
         clip.read_into(samples, info.samples_at + (first + begin) * samples.itemsize * info.channels)
         if info.channels == 1:
             return Window(samples[:, 0], info.sample_rate, begin, length)
-        scale = (kernels.INT16_SCALE if samples.dtype == np.int16 else 1.0) / info.channels
-        mono = np.zeros(len(samples), np.float32)
-        for channel in samples.T:  # numpy's mean over so short an axis takes twenty times as long
-            mono += channel
-        mono *= np.float32(scale)
-        return Window(mono, info.sample_rate, begin, length)
+        return Window(kernels.downmix(samples), info.sample_rate, begin, length)
 
     def _decode(self, encoded: dict[int, _Encoded]) -> Iterator[tuple[int, Decoded | BadClip]]:
         """All in one call; where DALI refuses one of them, each alone to find out which."""

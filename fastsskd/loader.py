@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from fastsskd import config, distributed, layouts, listed_layouts, manifest, skip_log
+from fastsskd.audio_info import SAMPLE_RATE
 from fastsskd.batch import Batch
-from fastsskd.clip_reader import SAMPLE_RATE
 from fastsskd.clip_table import PACKED
 from fastsskd.errors import InputError
 from fastsskd.patches import NUM_MEL_BINS, num_input_frames

@@ -12,13 +12,12 @@ import pyarrow.compute as pc
 import soundfile
 
 from fastsskd import __version__, audio_ffmpeg
-from fastsskd.any_audio import SAMPLE_RATE
+from fastsskd.audio_info import SAMPLE_RATE
 from fastsskd.clip_columns import from_columns
-from fastsskd.clip_table import PACKED, Manifest, one_chunk
+from fastsskd.clip_table import PACKED, PACKED_MANIFEST, Manifest, one_chunk
 from fastsskd.distributed import cores_per_rank
 from fastsskd.errors import InputError
 from fastsskd.pack_folder import (
-    MANIFEST,
     REJECTED,
     digest,
     has_result,
@@ -62,7 +61,7 @@ class Packed:
         state = "was complete already" if self.was_complete else "is complete"
         lines = [
             f"{self.out} {state}: {len(self.manifest)} clips, {self.hours:.2f} hours, {self.num_bytes / 1e6:.0f} MB, "
-            f"{self.num_shards} shards; open {self.out / MANIFEST}"
+            f"{self.num_shards} shards; open {self.out / PACKED_MANIFEST}"
         ]
         if self.num_float32:
             lines.append(f"{self.num_float32} clips are stored as float32")

@@ -23,13 +23,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fastsskd.clip_table import SCHEMA, Manifest, one_chunk
+from fastsskd import durable
+from fastsskd.clip_table import PACKED_MANIFEST, SCHEMA, Manifest, one_chunk
 from fastsskd.errors import InputError
 from fastsskd.manifest import save
-from fastsskd.shards import WORK, sync_folder, write_whole
+from fastsskd.shards import WORK, write_whole
 
 BREAKS = re.compile(r"[\t\r\n]")
-MANIFEST, REJECTED, ABOUT = "packed.manifest", "rejected.tsv", "pack.json"
+REJECTED, ABOUT = "rejected.tsv", "pack.json"
 
 
 @contextlib.contextmanager
@@ -77,21 +78,20 @@ def write_rejected(out: Path, reasons: dict[str, str]) -> None:
 
 def write_result(out: Path, packed: Manifest) -> None:
     """Write the manifest, and with it that everything else is there."""
-    temporary = out / WORK / f"{MANIFEST}.tmp"
+    temporary = out / WORK / f"{PACKED_MANIFEST}.tmp"
     save(packed, temporary, folder=out)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, out / MANIFEST)
-    sync_folder(out)
+    durable.sync(temporary)
+    os.replace(temporary, out / PACKED_MANIFEST)
+    durable.sync(out)
 
 
 def has_result(out: Path) -> bool:
-    return (out / MANIFEST).exists()
+    return (out / PACKED_MANIFEST).exists()
 
 
 def remove_result(out: Path) -> None:
     """Before a shard is made, first or again: what describes all shards is not true any more."""
-    (out / MANIFEST).unlink(missing_ok=True)
+    (out / PACKED_MANIFEST).unlink(missing_ok=True)
 
 
 def digest(manifest: Manifest, order: np.ndarray) -> str:
@@ -140,7 +140,7 @@ def _refuse_other_use(out: Path, identity: dict[str, Any]) -> None:
     try:
         options = json.loads((out / ABOUT).read_text(encoding="utf-8"))["options"]
     except FileNotFoundError:
-        if (out / MANIFEST).exists() or any(out.glob("shard-*.tar")):
+        if (out / PACKED_MANIFEST).exists() or any(out.glob("shard-*.tar")):
             raise InputError(f"{out}: holds shards but no {ABOUT}: choose another folder") from None
         return
     except (OSError, ValueError, KeyError, TypeError):

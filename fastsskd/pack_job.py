@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastsskd.any_audio import SAMPLE_RATE
-from fastsskd.audio_info import BadClip
+from fastsskd.audio_info import SAMPLE_RATE, BadClip
 from fastsskd.clip_table import SPLIT_EVAL, SPLIT_TRAIN, WHOLE_FILE, Manifest, one_chunk
 from fastsskd.errors import InputError
 from fastsskd.pack_clip import ClipPacker, PackedClip

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fastsskd import __version__, distributed
+from fastsskd import __version__, distributed, durable
 from fastsskd.bad_steps import BadStep
 from fastsskd.checkpoint import write_json
 from fastsskd.config import Config, to_toml
@@ -114,9 +114,7 @@ class RunFolder:
             return
         kept = [line for line in read_metrics(self.path) if line["stage"] != stage or line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        temporary = self.path / f".{METRICS}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self.path / METRICS)
+        durable.write_text(self.path / METRICS, text)
 
     def log(self, stage: str, plan: StagePlan, log: Log, monitor: Any = None) -> None:
         """One line of metrics.jsonl, one of progress, and the logging back-ends that the ds_config switched on."""

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fastsskd import durable
 from fastsskd.files_present import AUDIO_SUFFIXES
 
 WORK = ".pack"
@@ -130,7 +131,7 @@ class ShardWriter:
             self._temporary.unlink()
         else:
             os.replace(self._temporary, self._out / shard_name(self._number))
-        sync_folder(self._out)
+        durable.sync(self._out)
 
     def discard(self) -> None:
         """Leave nothing behind."""
@@ -162,22 +163,8 @@ def remove_shards(out: Path, first: int) -> None:
 
 
 def write_whole(out: Path, path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all, and survives a power cut; `path` lies on the disk of `out`."""
-    temporary = out / WORK / f"{path.name}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Write a file that appears whole or not at all; `path` lies on the disk of `out`."""
+    durable.write_text(path, text, out / WORK / f"{path.name}.tmp")
 
 
 def _index_path(out: Path, number: int) -> Path:

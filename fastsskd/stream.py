@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 import fastsskd_kernels as kernels
-from fastsskd.audio_info import BadClip
+from fastsskd.audio_info import SAMPLE_RATE, BadClip
 from fastsskd.batch import Batch
 from fastsskd.clip_bytes import ShardFiles
-from fastsskd.clip_reader import SAMPLE_RATE, ClipReader, Crop, Window, announce
+from fastsskd.clip_reader import ClipReader, Crop, Window, announce
 from fastsskd.manifest import Manifest
 from fastsskd.patches import NUM_MEL_BINS, PATCH
 from fastsskd.recycle import Recycler

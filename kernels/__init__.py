@@ -5,7 +5,7 @@ numba version beside it that gives the same numbers. Nothing here reads a file, 
 """
 
 from fastsskd_kernels.backend import resolve_backend
-from fastsskd_kernels.crop import INT16_SCALE, crop_or_loop, crop_start
+from fastsskd_kernels.crop import crop_or_loop, crop_start, downmix
 from fastsskd_kernels.fbank import fbank
 from fastsskd_kernels.features import features, pad_frames, padded_frames
 from fastsskd_kernels.hog import hog, hog_patch_mean
@@ -16,7 +16,6 @@ from fastsskd_kernels.resample import crop_inputs_range, resample_crop_or_loop, 
 from fastsskd_kernels.resample_torch import CropInputs, crop_inputs, has_device_form, resample_on_device
 
 __all__ = [
-    "INT16_SCALE",
     "CropInputs",
     "crop_inputs",
     "crop_inputs_range",
@@ -24,6 +23,7 @@ __all__ = [
     "crop_start",
     "derive_seed",
     "derive_seeds",
+    "downmix",
     "fbank",
     "features",
     "has_device_form",

