@@ -21,7 +21,8 @@ SOURCES = [
 # everything, and nothing below may use it until it is given a floor here.
 FLOORS = (
     "errors batch distributed durable skip_log audio_info clip_bytes audio_chunks audio_flac audio_ogg audio_file "
-    "audio_mp3 alive bad_steps audio_ffmpeg clip_file ffmpeg_process any_audio clip_encoding sound_synthesis",
+    "audio_mp3 alive bad_steps audio_ffmpeg clip_file ffmpeg_process any_audio clip_encoding sound_synthesis "
+    "foreign",
     "config ds_config class_map patches clip_table clip_columns files_present split manifest listed_layouts tar_layout "
     "layouts sound_events",
     "model flops losses metrics augment decode clip_reader recycle sampler stream loader datasets shards schedule "
