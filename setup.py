@@ -50,6 +50,7 @@ setup(
             "ruff>=0.14,<0.18",
             "av>=16,<19",
             "webdataset>=0.2.100,<2",
+            "transformers>=5,<6",
         ],
     },
     entry_points={"console_scripts": ["fastsskd=fastsskd.cli:main"]},

@@ -128,10 +128,13 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class DistillConfig(StageConfig):
-    teacher: str = _option(
+    teacher: str | tuple[str, ...] = _option(
         "",
-        "checkpoint of the teacher; empty = none; `previous` = the last iteration's model; "
-        "`supervised` = a model of the same size trained with labels first",
+        "checkpoint of the teacher: ours, AST's, BEATs', AudioMAE's; or a list of them, whose mean teaches; empty = "
+        "none; `previous` = the last iteration's model; `supervised` = one of the same size trained with labels first",
+    )
+    teacher_classes: str = _option(
+        "", "class_labels_indices.csv that names a teacher's outputs where its checkpoint does not, or by /m/... only"
     )
     labels: bool = _option(True, "cross entropy with the labels (the paper's text)")
     teacher_labels: bool = _option(True, "cross entropy with the teacher's class output (Formula 11)")
@@ -247,6 +250,8 @@ def _nearest(key: str, known: Any) -> str:
 
 def _checked(where: str, value: Any, hint: Any, limits: Any) -> Any:
     """``value`` as the type ``hint``, inside its limits."""
+    if hint == str | tuple[str, ...]:
+        hint = tuple[str, ...] if isinstance(value, (list, tuple)) else str
     if hint in (tuple[int, ...], tuple[float, ...], tuple[str, ...]):
         if not isinstance(value, (list, tuple)):
             raise UsageError(f"{where}: expected a list, got {value!r}")
@@ -285,6 +290,9 @@ def _check_together(config: Config, source: str) -> None:
         raise UsageError(f"{source}: [loss] switches off all eight terms; leave one on, or recipe.stages = ['distill']")
     if "distill" in config.recipe.stages and not (config.distill.labels or config.distill.teacher):
         raise UsageError(f"{source}: distill.labels = false needs a distill.teacher")
+    teachers = config.distill.teacher
+    if isinstance(teachers, tuple) and (not teachers or {"", "previous", "supervised"} & set(teachers)):
+        raise UsageError(f"{source}: distill.teacher as a list takes checkpoints, at least one")
 
 
 def _apply_override(tree: dict[str, Any], text: str) -> None:

@@ -16,6 +16,7 @@ from fastsskd.config import AugmentConfig, DataConfig, DistillConfig
 from fastsskd.errors import UsageError
 from fastsskd.model import ACM
 from fastsskd.teachers import Teacher
+from fastsskd.teachers.ensemble import probabilities
 
 
 class Distill(nn.Module):
@@ -104,15 +105,13 @@ class Distill(nn.Module):
     @torch.no_grad()
     def _teach(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher's class probabilities and clip features."""
-        scores, features = self.teacher(waveform)
+        dtype = self.model.patch_embed.weight.dtype  # a 16-bit run's teacher multiplies in 16 bits too
+        with torch.autocast(waveform.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            scores, features = self.teacher(waveform)
+        scores, features = scores.float(), features.float()
         if self.columns is not None:
             scores = scores[:, self.columns]  # before the softmax, which is then over the data set's classes
-        if self.teacher.score_kind == "logits":
-            scores = scores.sigmoid() if self.multi_label else scores.softmax(dim=-1)
-        elif not self.multi_label:
-            # Per-class probabilities of a multi-label teacher, as the distribution a softmax student can fit.
-            scores = scores / scores.sum(dim=-1, keepdim=True).clamp_min(1e-8)
-        return scores, features
+        return probabilities(scores, self.teacher.score_kind, self.multi_label), features
 
 
 def _mix(values: Tensor | None, partner: Tensor, ratio: Tensor) -> Tensor | None:

@@ -7,7 +7,6 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ import fastsskd_kernels as kernels
 from fastsskd import checkpoint, distributed, ds_config, engine_state, weights
 from fastsskd.alive import Watchdog
 from fastsskd.bad_steps import BadStep, SkippingAdamW
-from fastsskd.class_map import load_class_map
+from fastsskd.class_map import load_class_map, why_features_only
 from fastsskd.config import Config, StageConfig
 from fastsskd.datasets import open_data
 from fastsskd.distill import Distill
@@ -34,7 +33,7 @@ from fastsskd.sampler import balanced_weights
 from fastsskd.schedule import build_optimizer
 from fastsskd.selection import Selection
 from fastsskd.stages import Stage, plan_stages
-from fastsskd.teachers import Teacher, load_teacher
+from fastsskd.teachers import Teacher, describe, load_teacher
 
 
 class Recipe:
@@ -247,8 +246,11 @@ class Recipe:
         if stage.teacher is None:
             return None
         names = {other.name for other in self.stages}
-        path = self.folder.model(stage.teacher) if stage.teacher in names else Path(stage.teacher)
-        return load_teacher(path).to(self.device)
+        path = self.folder.model(stage.teacher) if stage.teacher in names else stage.teacher
+        options = {"classes": self.config.distill.teacher_classes, "multi_label": self.data.train.multi_label}
+        teacher = load_teacher(path, **options)
+        self.folder.say(f"{stage.name}: teacher with {describe(teacher)}")
+        return teacher.to(self.device)
 
     def _module(self, stage: Stage, model: ACM, teacher: Teacher | None) -> Pretrain | Distill:
         config = self.config
@@ -269,10 +271,8 @@ class Recipe:
             class_map=load_class_map(distill.class_map) if teacher is not None else None,
         )
         if teacher is not None and distill.teacher_labels and not module.uses_scores:
-            self.folder.say(
-                f"{stage.name}: the teacher ({len(teacher.classes)} classes) lacks some of the data set's "
-                f"{len(self.data.train.classes)}, so it gives features only; distill.class_map can name them"
-            )
+            reason = why_features_only(self.data.train.classes, teacher.classes, load_class_map(distill.class_map))
+            self.folder.say(f"{stage.name}: the teacher gives features only: {reason}")
         return module
 
     def _loader(self, stage: Stage, waveform: bool) -> Loader:

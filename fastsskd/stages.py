@@ -15,13 +15,13 @@ class Stage:
         kind: ``"ssl"``, ``"distill"``, or ``"teacher"`` (labels only, for ``distill.teacher = "supervised"``).
         iteration: 1, 2, ...; 0 for the teacher's.
         start: name of the stage whose weights it begins with; None = fresh weights or ``model.init``.
-        teacher: name of the stage, or path, of its teacher; None = none.
+        teacher: name of the stage, or path, of its teacher, or several paths; None = none.
     """
 
     kind: str
     iteration: int
     start: str | None
-    teacher: str | None
+    teacher: str | tuple[str, ...] | None
 
     @property
     def name(self) -> str:

@@ -94,7 +94,8 @@ def wrong_values(kind: str) -> list:
     values = {"str": 1, "int": 1.0, "float": "0.5", "bool": 1}
     if kind in values:
         return [values[kind], None, [], {}, *([True] if kind in ("int", "float") else [])]
-    return [1, "ssl", {}, [None], [[1]]]
+    values = [1, "ssl", {}, [None], [[1]]]
+    return [value for value in values if value != "ssl"] if kind.startswith("str |") else values
 
 
 @pytest.mark.parametrize(("section", "field"), FIELDS, ids=name_of)
@@ -170,6 +171,14 @@ def test_contradictions_count_only_for_stages_that_run():
     config.from_dict({"loss": off, "recipe": {"stages": ["distill"]}})
     config.from_dict({"distill": {"labels": False}, "recipe": {"stages": ["ssl"]}})
     config.from_dict({"distill": {"labels": False, "teacher": "previous"}})
+
+
+def test_several_teachers_are_a_list_of_checkpoints():
+    several = config.from_dict({"distill": {"teacher": ["a.pth", "b"]}})
+    assert several.distill.teacher == ("a.pth", "b")
+    assert config.from_dict(config.to_dict(several)) == several
+    for wrong in ([], [""], ["a.pth", "previous"], ["supervised"]):
+        assert "distill.teacher as a list takes checkpoints" in refusal({"distill": {"teacher": wrong}})
 
 
 # ----------------------------------------------------------------------------------------------------------- the file

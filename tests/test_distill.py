@@ -309,6 +309,21 @@ def test_metrics_are_detached_and_a_16_bit_student_has_float32_losses(make_model
     assert {value.dtype for value in (total, *metrics.values())} == {torch.float32}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_teacher_multiplies_in_the_student_s_precision(make_model, make_batch, dtype):
+    class Asks(FixedTeacher):
+        def __call__(self, waveform):
+            self.precision = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+            return super().__call__(waveform)
+
+    teacher, batch = Asks(), make_batch(waveform=True)
+    module = make_distill(used_model(make_model).to(dtype), teacher=teacher)
+    scores, features = module._teach(batch.waveform)
+    assert teacher.precision == dtype and scores.dtype == features.dtype == torch.float32
+    exact = FixedTeacher()(batch.waveform)[1].detach()
+    assert (features - exact).abs().max() <= (0 if dtype == torch.float32 else 0.02) * exact.abs().max()
+
+
 def test_a_step_never_makes_the_host_wait(make_model, make_batch, no_waiting):
     """With multi-hot labels, because PyTorch's one_hot checks its input on a CPU, though not on a GPU."""
     batch = make_batch(multi_label=True, waveform=True)
