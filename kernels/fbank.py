@@ -95,7 +95,9 @@ def fbank_torch(waveform: torch.Tensor, sample_rate: int, num_mel_bins: int, win
     # Window times (x[n] - 0.97 x[n-1]). The first sample has nothing before it, and a window that is zero there.
     tapered = frames.new_empty(*frames.shape[:2], padded)
     tapered[..., 0] = frames[..., 0]
-    torch.sub(frames[..., 1:], frames[..., :-1], alpha=PREEMPHASIS, out=tapered[..., 1:length])
+    # In two steps, as in torchaudio: sub's alpha would round once instead of twice, and move quiet bins by 0.01.
+    torch.mul(frames[..., :-1], -PREEMPHASIS, out=tapered[..., 1:length])
+    tapered[..., 1:length].add_(frames[..., 1:])
     tapered[..., :length].mul_(taper)
     tapered[..., length:] = 0.0
     # Kaldi's triangles end below Nyquist. float64 is out of reach of autocast and TF32, which would cost three digits.
