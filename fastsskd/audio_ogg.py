@@ -104,6 +104,7 @@ def _identify(packet: bytes) -> _Stream:
         channels, pre_skip = struct.unpack_from("<BH", packet, 9)
         return _Stream(AudioInfo("opus", OPUS_RATE, channels, None), pre_skip, OPUS_LONGEST_PACKET)
     if packet[:5] == b"\x7fFLAC" and packet[9:13] == b"fLaC":
-        info, block_size, _ = parse_streaminfo(memoryview(packet)[17 : 17 + STREAMINFO_SIZE])
-        return _Stream(AudioInfo("ogg-flac", info.sample_rate, info.channels, None), 0, block_size or 65535)
+        stream = parse_streaminfo(packet[17 : 17 + STREAMINFO_SIZE])
+        info, most = AudioInfo("ogg-flac", stream.info.sample_rate, stream.info.channels, None), stream.block_size
+        return _Stream(info, 0, most or 65535)
     raise BadClip(f"Ogg with an unknown codec ({packet[:8]!r})")

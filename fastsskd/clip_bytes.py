@@ -76,10 +76,11 @@ class ClipBytes:
         self.read_into(data, start)
         return bytes(data)
 
-    def read(self) -> np.ndarray:
-        """All of it, ``(size,)`` uint8."""
-        data = np.empty(self._size, np.uint8)
-        self.read_into(data, 0)
+    def read(self, start: int = 0, stop: int | None = None, *, padding: int = 0) -> np.ndarray:
+        """The bytes from ``start`` to ``stop``, by default all, and ``padding`` bytes of anything; uint8."""
+        stop = self._size if stop is None else stop
+        data = np.empty(stop - start + padding, np.uint8)
+        self.read_into(data[: stop - start], start)
         return data
 
     def read_into(self, buffer: np.ndarray | bytearray, start: int) -> None:

@@ -1,7 +1,7 @@
 """A clip of a manifest -> its mono samples at its own rate: all of them, or those that a crop is made from.
 
-Uncompressed clips (16-bit WAV, packed or not) are read straight from the place where the crop lies, so a crop of an
-hour-long recording costs the crop. All others are read whole and decoded by DALI.
+Of uncompressed clips (16-bit WAV, packed or not) and of long FLAC files only the place where the crop lies is read, so
+a crop of an hour-long recording costs the crop. FLAC is decoded by our own kernel, the rest by DALI.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import numpy as np
 
 import fastsskd_kernels as kernels
 from fastsskd.audio_file import AudioInfo, BadClip, check_decoded, probe
+from fastsskd.audio_flac import flac_extent, flac_stream
 from fastsskd.audio_info import SAMPLE_RATE
 from fastsskd.clip_bytes import ClipBytes, OpenFile, ShardFiles
 from fastsskd.clip_table import PACKED, Manifest
 from fastsskd.decode import Decoded, DecodeError, Decoder
 
-MAX_ANNOUNCED = 1 << 20
-"""Bytes of a clip that are asked for ahead; longer ones are read in part."""
+MAX_WHOLE = 1 << 20
+"""Bytes of a clip that are asked for ahead and read at once; of longer ones a part is, where the format allows it."""
 
 
 @dataclass(frozen=True)
@@ -102,24 +103,51 @@ class ClipReader:
         if clip[:4] in (b"RIFF", b"RF64"):
             info = probe(clip)
             if info.sample_type in self._direct:
-                return self._window(i, clip, info, crop)
+                return self._bare(i, clip, info, crop)
+        if clip[:4] == b"fLaC":
+            window = self._flac(i, clip, crop)
+            if window is not None:
+                return window
         data = clip.read()
         return _Encoded(data, probe(data.data))
 
-    def _window(self, i: int, clip: ClipBytes, info: AudioInfo, crop: Crop) -> Window:
+    def _bare(self, i: int, clip: ClipBytes, info: AudioInfo, crop: Crop) -> Window:
         """Read only what the crop needs of uncompressed samples."""
-        first, last = self._segment(i, info.sample_rate, info.num_frames)
-        length = last - first
-        begin, end = 0, length
-        if crop.num_samples is not None:
-            begin, end = kernels.crop_inputs_range(
-                length, info.sample_rate, crop.num_samples, crop.position, SAMPLE_RATE
-            )
+        first, begin, end, length = self._place(i, info, crop)
         samples = np.empty((end - begin, info.channels), info.sample_type)
         clip.read_into(samples, info.samples_at + (first + begin) * samples.itemsize * info.channels)
         if info.channels == 1:
             return Window(samples[:, 0], info.sample_rate, begin, length)
         return Window(kernels.downmix(samples), info.sample_rate, begin, length)
+
+    def _flac(self, i: int, clip: ClipBytes, crop: Crop) -> Window | None:
+        """Of a long file only the frames that the crop lies in, of others all: so that damage is found wherever it is.
+
+        None = something is odd, and DALI should say what.
+        """
+        is_long = len(clip) > MAX_WHOLE
+        data = clip if is_long else clip.read(padding=kernels.FLAC_PADDING)
+        stream = flac_stream(clip if is_long else data[: len(clip)].data)
+        first, begin, end, length = self._place(i, stream.info, crop)
+        decoded = (first + begin, first + end) if is_long else (0, stream.info.num_frames)
+        if is_long:
+            frames = clip.read(*flac_extent(clip, stream, *decoded), padding=kernels.FLAC_PADDING)
+        else:
+            frames = data[stream.first_frame :]
+        kind = {"channels": stream.info.channels, "sample_bits": stream.sample_bits, "block_size": stream.block_size}
+        try:
+            samples = kernels.decode_flac(frames, **kind, begin=decoded[0], end=decoded[1])
+        except ValueError:
+            return None
+        return Window(samples[first + begin - decoded[0] :][: end - begin], stream.info.sample_rate, begin, length)
+
+    def _place(self, i: int, info: AudioInfo, crop: Crop) -> tuple[int, int, int, int]:
+        """Where in the file the clip begins; begin, end in it of what the crop needs; the clip's length."""
+        first, last = self._segment(i, info.sample_rate, info.num_frames)
+        begin, end = 0, last - first
+        if crop.num_samples is not None:
+            begin, end = kernels.crop_inputs_range(end, info.sample_rate, crop.num_samples, crop.position, SAMPLE_RATE)
+        return first, begin, end, last - first
 
     def _decode(self, encoded: dict[int, _Encoded]) -> Iterator[tuple[int, Decoded | BadClip]]:
         """All in one call; where DALI refuses one of them, each alone to find out which."""
@@ -160,11 +188,11 @@ def announce(manifest: Manifest, index: np.ndarray, shards: ShardFiles) -> None:
     """
     for i in index.tolist():
         offset, size = manifest.extent(i)
-        if size > MAX_ANNOUNCED:  # a crop of it will be read, and where it lies is not known yet
+        if size > MAX_WHOLE:  # a crop of it will be read, and where it lies is not known yet
             continue
         try:
             file = _open_file(manifest, i, size, shards)
-            length = MAX_ANNOUNCED if size < 0 else size
+            length = MAX_WHOLE if size < 0 else size
             os.posix_fadvise(file.descriptor, offset, length, os.POSIX_FADV_WILLNEED)
         except OSError:
             continue  # whoever reads it will say so

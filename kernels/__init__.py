@@ -8,6 +8,7 @@ from fastsskd_kernels.backend import resolve_backend
 from fastsskd_kernels.crop import crop_or_loop, crop_start, downmix
 from fastsskd_kernels.fbank import fbank
 from fastsskd_kernels.features import features, pad_frames, padded_frames
+from fastsskd_kernels.flac import FLAC_PADDING, decode_flac
 from fastsskd_kernels.hog import hog, hog_patch_mean
 from fastsskd_kernels.kaldi import num_frames
 from fastsskd_kernels.masks import inter_patch_mask, intra_patch_mask, patch_weight
@@ -16,11 +17,13 @@ from fastsskd_kernels.resample import crop_inputs_range, resample_crop_or_loop, 
 from fastsskd_kernels.resample_torch import CropInputs, crop_inputs, has_device_form, resample_on_device
 
 __all__ = [
+    "FLAC_PADDING",
     "CropInputs",
     "crop_inputs",
     "crop_inputs_range",
     "crop_or_loop",
     "crop_start",
+    "decode_flac",
     "derive_seed",
     "derive_seeds",
     "downmix",
