@@ -29,7 +29,7 @@ _AGAIN = "download or copy it again"
 
 # What the names of the weights begin with, most particular first: (kind of teacher or "", in words, names).
 _MARKS = (
-    ("ours", "a model of fastsskd", ("patch_embed.weight", "mae.mask_token", "blocks.0.")),
+    ("ours", "a model of fastsskd, perhaps without the description in model.safetensors", ("patch_embed.weight", "mae.mask_token", "blocks.0.")),
     ("ast", "AST, original layout", ("v.pos_embed", "v.dist_token", "v.blocks.0.")),
     ("ast", "AST, Hugging Face layout", ("audio_spectrogram_transformer.",)),
     ("ast", "AST, Hugging Face layout", ("embeddings.distillation_token", "embeddings.patch_embeddings.")),

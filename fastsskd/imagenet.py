@@ -6,20 +6,16 @@ What the image model has and ours has not (class token, classifier, ...) is igno
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fastsskd.errors import InputError
+from fastsskd.foreign import load_checkpoint, recognise, weights_in
 from fastsskd.model import ACM
 from fastsskd.patches import PATCH
 
-_WRAPPERS = ("model", "state_dict", "module")  # under which trainers put the weights
 _SPECIAL_TOKENS = ("cls_token", "dist_token", "reg_token")
 
 
@@ -32,10 +28,13 @@ def initialise_from_image_model(model: ACM, path: Path) -> dict[str, list[str]]:
     Raises:
         InputError: not a file of weights, not a ViT, or one of another width or depth.
     """
-    state = _read(path)
+    state = weights_in(load_checkpoint(path))
     for needed in ("patch_embed.proj.weight", "patch_embed.proj.bias", "pos_embed", "blocks.0.attn.qkv.weight"):
         if needed not in state:
-            raise InputError(f"checkpoint {path}: has no {needed}; expected a timm ViT such as vit_base_patch16_224")
+            raise InputError(
+                f"checkpoint {path}: looks like {recognise(state)[1]}, without {needed}; expected a timm ViT such as "
+                "vit_base_patch16_224"
+            )
     own, take = model.state_dict(), {}
     take["patch_embed.weight"] = patch_weight(state["patch_embed.proj.weight"])
     take["patch_embed.bias"] = state["patch_embed.proj.bias"]
@@ -83,21 +82,3 @@ def image_positions(pos_embed: Tensor, grid_size: tuple[int, int], path: Path) -
     grid = pos_embed.reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, D, frequency, time)
     grid = F.interpolate(grid.float(), size=(grid_size[1], grid_size[0]), mode="bilinear", align_corners=False)
     return grid.permute(0, 3, 2, 1).reshape(1, grid_size[0] * grid_size[1], -1)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or of a pickle that holds nothing but weights."""
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:120]
-        raise InputError(f"checkpoint {path}: not a file of weights alone, or damaged ({reason})") from None
-    for wrapper in _WRAPPERS:
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"checkpoint {path}: holds no dictionary of weights; expected a timm ViT's state_dict")
-    return state

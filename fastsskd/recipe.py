@@ -53,6 +53,7 @@ class Recipe:
         self.deepspeed_config = deepspeed_config
         self.stages = plan_stages(config)
         self.data = open_data(config, self.sizes.total)
+        self._try_teacher()
         self.stop = StopFlag()
         self.watchdog = Watchdog(config.run.timeout, self._give_up)
         self.skipped: dict[str, str] = {}
@@ -248,9 +249,18 @@ class Recipe:
         names = {other.name for other in self.stages}
         path = self.folder.model(stage.teacher) if stage.teacher in names else stage.teacher
         options = {"classes": self.config.distill.teacher_classes, "multi_label": self.data.train.multi_label}
-        teacher = load_teacher(path, **options)
-        self.folder.say(f"{stage.name}: teacher with {describe(teacher)}")
-        return teacher.to(self.device)
+        return load_teacher(path, **options).to(self.device)
+
+    def _try_teacher(self) -> None:
+        """Load a teacher from outside and let it hear silence: a wrong one is found before days of Multi-SSL."""
+        names = {None, *(stage.name for stage in self.stages)}
+        for stage in [stage for stage in self.stages if stage.teacher not in names][:1]:
+            teacher = self._teacher(stage)
+            self.folder.say(f"{stage.name}: teacher with {describe(teacher)}")
+            teacher(torch.zeros(1, self.config.num_samples, device=self.device))
+            with torch.device("meta"):
+                model = self._fresh_model()
+            self._module(stage, model, teacher)  # raises if the two do not go together
 
     def _module(self, stage: Stage, model: ACM, teacher: Teacher | None) -> Pretrain | Distill:
         config = self.config

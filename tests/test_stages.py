@@ -31,6 +31,11 @@ def test_a_checkpoint_teaches_every_distillation():
     ]
 
 
+def test_several_teachers_are_those_of_every_distillation():
+    stages = plan(teacher=["a.pth", "b.pt"])
+    assert [teacher for _, _, teacher in stages] == [None, ("a.pth", "b.pt"), None, ("a.pth", "b.pt")]
+
+
 def test_a_supervised_teacher_is_trained_first_and_lends_no_weights():
     assert plan(teacher="supervised") == [
         ("teacher", None, None),

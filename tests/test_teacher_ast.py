@@ -14,9 +14,11 @@ from fastsskd.errors import InputError
 from fastsskd.foreign import load_checkpoint, weights_in
 from fastsskd.teachers import ast, describe, load_teacher
 from fastsskd.teachers.vit import find_strides
+from fastsskd.weights import ModelInfo, save_model
 
 NAMES = ("Speech", "Dog", "Bell, small", "Rain", "high")
 STRIDES = (10, 12, 14, 16)
+OURS = ModelInfo("nano", ("bell", "cat", "dog", "rain"), False, 0.96, -3.0, 2.0)
 
 
 def make_theirs(folder, *, width=32, heads=4, stride=10, names=NAMES, eps=1e-12):
@@ -342,16 +344,21 @@ def test_a_configuration_that_does_not_fit_is_one_line(theirs, tmp_path, change,
 
 def test_other_models_are_named(theirs, make_model, unnamed, tmp_path):
     path = tmp_path / "other.pth"
-    assert "looks like an unknown model, with 1 tensors such as 'a'; expected ours, ast" in refusal(
-        {"a": torch.ones(1)}, path
+    text = refusal({"a": torch.ones(1)}, path)
+    assert (
+        "looks like an unknown model, with 1 tensors such as 'a'; expected ours (a run's model.safetensors), ast"
+        in text
     )
     assert "looks like wav2vec 2.0, Hugging Face layout" in refusal({"wav2vec2.masked": torch.ones(1)}, path)
     for wrong in ("audiomae", "ours"):
         with pytest.raises(InputError) as caught:
             load_teacher(unnamed, kind=wrong)
         assert "\n" not in str(caught.value) and str(unnamed) in str(caught.value)
-    with pytest.raises(InputError, match="looks like AST, original layout; expected kind 'audiomae'"):
-        load_teacher(unnamed, kind="audiomae")
+        assert f"looks like AST, original layout; expected kind '{wrong}'" in str(caught.value)
+    save_model(tmp_path / "model.safetensors", make_model().state_dict(), OURS)
+    with pytest.raises(InputError, match=r"looks like a model of fastsskd.*; expected kind 'ast'"):
+        load_teacher(tmp_path / "model.safetensors", kind="ast")
+    assert "looks like a model of fastsskd, perhaps without" in refusal(make_model().state_dict(), path)
 
 
 def test_reading_takes_nothing_from_the_file_afterwards(theirs, unnamed):
@@ -384,3 +391,23 @@ def test_a_student_learns_from_ast_in_a_whole_run(theirs, unnamed, training, ton
     _, result, printed = training.run(tmp_path / "three", tones, distill__teacher=json.dumps(str(unnamed)), **options)
     assert "teacher_label" not in result["iterations"][0]["distill"]["losses"]
     assert "the teacher gives features only: it does not name its classes; distill.teacher_classes can" in printed
+
+
+@pytest.mark.parametrize("wrong", ["page", "short", "map"])
+def test_a_wrong_teacher_ends_the_run_before_anything_is_trained(theirs, training, tones, tmp_path, wrong):
+    """A teacher of clips of 1.3 s in a run of 2 s; a class map of others; and a download that failed."""
+    options = {"distill__teacher": json.dumps(str(theirs()[1])), "distill__epochs": 1, "ssl__epochs": 1}
+    if wrong == "page":
+        (tmp_path / "ast.pth").write_text("<!DOCTYPE html><html></html>")
+        options["distill__teacher"] = json.dumps(str(tmp_path / "ast.pth"))
+        says = "ast.pth: a web page, not the weights"
+    elif wrong == "short":
+        options["data__seconds"] = 2.0
+        says = "it cannot hear 2 s"
+    else:
+        (tmp_path / "map.json").write_text('{"low": "Whale"}')
+        options["distill__class_map"] = json.dumps(str(tmp_path / "map.json"))
+        says = "the teacher has no class 'Whale'"
+    lines, result, printed = training.run(tmp_path / "run", tones, expect=1, **options)
+    assert lines == [] and result is None and not (tmp_path / "run").exists()
+    assert says in printed and "Traceback" not in printed

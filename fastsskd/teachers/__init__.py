@@ -93,13 +93,13 @@ def _load_one(path: str | Path, kind: str, names: Mapping[str, str], list_path: 
             f"of another one ({', '.join(KINDS)})"
         )
     file = checkpoint_file(path)
-    if kind == "ours" or is_model_file(file):
+    if kind in ("auto", "ours") and is_model_file(file):
         teacher = ours.load(file)
     else:
         checkpoint = load_checkpoint(file)
         found, words = recognise(weights_in(checkpoint))
         if found not in KINDS or kind not in ("auto", found):
-            wanted = f"kind {kind!r}" if kind != "auto" else f"ours, {', '.join(KINDS)}"
+            wanted = f"kind {kind!r}" if kind != "auto" else f"ours (a run's model.safetensors), {', '.join(KINDS)}"
             raise InputError(f"teacher {file}: looks like {words}; expected {wanted}")
         teacher = KINDS[found](checkpoint, file)
     if names:
