@@ -77,7 +77,7 @@ CANDIDATES = (
     Candidate("peers", "threads", "best effort: soundfile, torch, threads", BOTH),
     Candidate("ours", "read_files", "only read", ("ogg",), "baseline"),
     Candidate("ours", "read_shards", "only read", ("packed",), "baseline"),
-    Candidate("ours", "decode_ours", "only decode, our decoder", BOTH, "baseline"),
+    Candidate("ours", "decode_ours", "only read and decode, ours", BOTH, "baseline"),
     Candidate("ours", "decode_dali", "only decode, bare DALI pipeline", BOTH, "baseline"),
     Candidate("ours", "decode_soundfile", "only decode, soundfile in threads", BOTH, "baseline"),
     Candidate("ours", "decode_resample", "only decode and resample, ours", ("ogg",), "baseline"),

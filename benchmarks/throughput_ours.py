@@ -16,10 +16,11 @@ from throughput_peers import BINS, FRAMES, MEAN, PART, RATE, SAMPLES, STD, WINDO
 
 import fastsskd_kernels as kernels
 from fastsskd import manifest
-from fastsskd.decode import Decoded, Decoder
+from fastsskd.clip_bytes import ShardFiles
+from fastsskd.clip_reader import ClipReader, Crop, Window
 from fastsskd.loader import Loader
 
-OWN = threading.local()  # each thread's decoder and memory
+OWN = threading.local()  # each thread's reader and memory
 
 
 def ours(job: Job) -> Iterator[Made]:
@@ -81,28 +82,31 @@ def dali_decoded(job: Job, **options):
 
 
 def decode_ours(job: Job) -> Iterator[Made]:
-    """The decoder that our loader uses, one a thread, on files as bytes."""
-    files = job.source["files"]
-    yield from threaded(lambda clips: [None for _ in decode(clips, files)], job)
+    """What our loader reads and decodes with: a kernel for FLAC, DALI for the rest, one a thread."""
+    clips = manifest.load(job.source["manifest"])
+    yield from threaded(lambda part: [None for _ in decode(part, clips)], job)
 
 
 def decode_resample(job: Job) -> Iterator[Made]:
     """The same, then our resampler and loop."""
-    files = job.source["files"]
+    clips = manifest.load(job.source["manifest"])
 
-    def work(clips: list[int]) -> list[None]:
-        for done in decode(clips, files):
+    def work(part: list[int]) -> list[None]:
+        for done in decode(part, clips):
             kernels.resample_crop_or_loop(done.samples, done.rate, SAMPLES)
-        return [None] * len(clips)
+        return [None] * len(part)
 
     yield from threaded(work, job)
 
 
-def decode(clips: list[int], files: list[str]) -> list[Decoded]:
-    """Clips decoded by this thread's own decoder."""
-    if not hasattr(OWN, "decoder"):
-        OWN.decoder = Decoder(PART)
-    return OWN.decoder.decode([np.fromfile(files[clip], np.uint8) for clip in clips])
+def decode(part: list[int], clips: manifest.Manifest) -> Iterator[Window]:
+    """Whole clips, decoded by this thread's own reader."""
+    if not hasattr(OWN, "reader"):
+        OWN.reader = ClipReader(clips, ShardFiles(clips.root), PART)
+    for _, clip in OWN.reader.read(part, [Crop(None)] * len(part)):
+        if not isinstance(clip, Window):
+            raise SystemExit(f"cannot be decoded: {clip}")
+        yield clip
 
 
 def decode_soundfile(job: Job) -> Iterator[Made]:

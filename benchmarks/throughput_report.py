@@ -68,6 +68,7 @@ def verdicts(results: dict) -> list[dict]:
         rival = max(table.peers(source), key=lambda r: r["clips_per_s"], default=None)
         name = f"{rival['title']}, {rival['workers']} workers" if rival else ""
         ratio(f"{SOURCES[source]} against the fastest peer ({name})", row, rival, 1.0)
+    ratio("FLAC folder, of decode-only with DALI's decoder", flac, table.find("decode_dali", "flac"), 0.75, False)
     ratio("FLAC folder, of decode-only with the same decoder", flac, table.find("decode_ours", "flac"), 0.75, False)
     ratio("packed WAV shards against AST-style from FLAC", packed, ast, 12.0)
     ratio("packed WAV shards, of fbank-only", packed, table.find("fbank_only", "memory"), 0.60, False)

@@ -1,6 +1,6 @@
 """The loader: manifest -> ready batches of features, made ahead of training.
 
-    sampler -> read, probe -> (decode: DALI, FLAC by a kernel of ours) -> crop -> resample, loop -> fbank, HOG -> batch -> training
+    sampler -> read, probe -> decode (DALI, a kernel for FLAC) -> crop -> resample, loop -> fbank, HOG -> batch
 
 What a batch holds is a pure function of (manifest, seed, epoch, position): no thread, rank or clock has a part in it.
 A clip that cannot be used is left out of its batch, which is then smaller, and named in ``skipped``; nothing ever takes
