@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastsskd.errors import InputError
-from fastsskd.foreign import load_checkpoint, weights_in
+from fastsskd.foreign import load_checkpoint, recognise, weights_in
 from fastsskd.teachers import ast, describe, load_teacher
 from fastsskd.teachers.vit import find_strides
 from fastsskd.weights import ModelInfo, save_model
@@ -330,6 +330,7 @@ def test_weights_that_do_not_fit_together(theirs, tmp_path):
         ({"num_attention_heads": 5}, "width 32 is not a multiple of its 5 heads"),
         ({"num_attention_heads": "4"}, "num_attention_heads is '4', expected a number"),
         ({"frequency_stride": 16}, "144 positions are not the patches of 128 frames at the strides 16 and 10"),
+        ({"layer_norm_eps": "small"}, "layer_norm_eps is 'small', expected a small number"),
         ({"max_length": 1024}, "144 positions are not the patches of 1024 frames at the strides 10 and 10"),
     ],
 )
@@ -411,3 +412,32 @@ def test_a_wrong_teacher_ends_the_run_before_anything_is_trained(theirs, trainin
     lines, result, printed = training.run(tmp_path / "run", tones, expect=1, **options)
     assert lines == [] and result is None and not (tmp_path / "run").exists()
     assert says in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize("layout", ["original", "hugging face", "hugging face with its configuration"])
+def test_any_one_weight_damaged_is_one_line(theirs, tmp_path, layout):
+    """Missing, renamed, a single number, a vector, one column too many, or of whole numbers."""
+    _, folder = theirs(width=128, heads=2, eps=1e-6)
+    state = original_layout(folder) if layout == "original" else load_file(folder / "model.safetensors")
+    if layout.endswith("configuration"):
+        shutil.copy(folder / "config.json", tmp_path)
+    path = tmp_path / "weights.pth"
+    ast.from_checkpoint(state, path)
+    for name, value in state.items():
+        if ".head" in name:  # DeiT's, not looked at
+            continue
+        rest = {other: weight for other, weight in state.items() if other != name}
+        wider = torch.cat([value, value[..., :1]], dim=-1)
+        damaged = [torch.tensor(1.0), torch.ones(3), wider, value.int()]
+        for bad in [rest, {**rest, name + "x": value}, *({**rest, name: weight} for weight in damaged)]:
+            with pytest.raises(InputError) as caught:
+                load_checked(bad, path)
+            assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def load_checked(state, path):
+    """As :func:`load_teacher` does with an opened file."""
+    kind, words = recognise(weights_in(state))
+    if kind != "ast":
+        raise InputError(f"teacher {path}: looks like {words}")
+    return ast.from_checkpoint(state, path)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastsskd.errors import InputError
@@ -21,6 +20,7 @@ from fastsskd.teachers.vit import (
     build_vit,
     find_strides,
     heads_of,
+    join,
     patches_along,
     rows,
 )
@@ -87,21 +87,21 @@ def _hugging_face(weights: dict[str, Tensor], path: Path) -> SpectrogramTeacher:
         for theirs, ours in _HUGGING_FACE:
             name = name.replace(theirs, ours)
         state[name] = value
-    _join_attention(state)
+    _join_attention(state, path)
     _join_special_tokens(state, path)
     num_patches = _num_patches(state, path)
     file = path.with_name("config.json")
     config = _read_json(file)
     if config is None:
-        eps, classes = 1e-12, ()
+        eps = 1e-12
         strides, heads = find_strides(num_patches, path), heads_of(state["pos_embed"].shape[2], path)
     else:
         _check_config(config, file)
         eps, heads = config.get("layer_norm_eps", 1e-12), config["num_attention_heads"]
         strides = config["frequency_stride"], config["time_stride"]
         _check_positions(strides, config["max_length"], num_patches, file)
-        classes = _class_names(config, len(state.get("head.1.bias", ())))
     model = build_vit(state, Layout(strides, heads, eps=eps, head_eps=eps), path)
+    classes = () if config is None or model.head is None else _class_names(config, model.head[1].out_features)
     return SpectrogramTeacher(model, classes, *_normalisation(path.with_name("preprocessor_config.json")))
 
 
@@ -115,15 +115,15 @@ def _join_special_tokens(state: dict[str, Tensor], path: Path) -> None:
     """The class and the distillation token as one tensor ``(1, 2, D)``."""
     if not {"cls_token", "dist_token"} <= state.keys():
         raise InputError(f"teacher {path}: lacks AST's class or distillation token; it is of another model")
-    state["special_tokens"] = torch.cat([state.pop("cls_token"), state.pop("dist_token")], dim=1)
+    join(state, ("cls_token", "dist_token"), "special_tokens", 1, path)
 
 
-def _join_attention(state: dict[str, Tensor]) -> None:
+def _join_attention(state: dict[str, Tensor], path: Path) -> None:
     """Query, key and value of each block as timm's one linear map."""
     for first in [name for name in state if ".attn.query." in name]:
         names = [first.replace(".query.", part) for part in (".query.", ".key.", ".value.")]
         if all(name in state for name in names):
-            state[first.replace(".query.", ".qkv.")] = torch.cat([state.pop(name) for name in names])
+            join(state, names, first.replace(".query.", ".qkv."), 0, path)
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:
@@ -146,6 +146,9 @@ def _check_config(config: dict[str, Any], file: Path) -> None:
     for name, only in (("num_mel_bins", NUM_MEL_BINS), ("patch_size", PATCH), ("hidden_act", "gelu")):
         if config.get(name, only) != only:
             raise InputError(f"teacher {file}: {name} is {config[name]!r}; only {only!r} is implemented")
+    eps = config.get("layer_norm_eps", 1e-12)
+    if not isinstance(eps, float) or not 0 <= eps < 1:
+        raise InputError(f"teacher {file}: layer_norm_eps is {eps!r}, expected a small number such as 1e-12")
     for name, low, high in (
         ("num_attention_heads", 1, 64),
         ("frequency_stride", 1, 64),

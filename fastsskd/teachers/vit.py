@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -147,9 +148,7 @@ def build_vit(state: dict[str, Tensor], layout: Layout, path: Path) -> Spectrogr
     Raises:
         InputError: a weight is missing, left over, or of another shape than the others ask for.
     """
-    for name in ("patch_embed.weight", "special_tokens", "pos_embed", "blocks.0.mlp.fc1.weight"):
-        if name not in state:
-            raise InputError(f"teacher {path}: lacks {name}; the file is not whole, or of another model")
+    _check_sizes(state, path)
     width, patch = state["pos_embed"].shape[2], tuple(state["patch_embed.weight"].shape[1:])
     if patch != (1, PATCH, PATCH):
         raise InputError(f"teacher {path}: its patches are {patch}, expected one channel of {PATCH} x {PATCH}")
@@ -168,6 +167,42 @@ def build_vit(state: dict[str, Tensor], layout: Layout, path: Path) -> Spectrogr
             raise InputError(f"teacher {path}: {name} is {found}, the other weights ask for {wanted}")
     model.to_empty(device="cpu").load_state_dict(state)
     return model
+
+
+def _check_sizes(state: dict[str, Tensor], path: Path) -> None:
+    """Raise unless the weights that tell the model's sizes are there and can tell them."""
+    for name, dims in (
+        ("patch_embed.weight", 4),
+        ("special_tokens", 3),
+        ("pos_embed", 3),
+        ("blocks.0.mlp.fc1.weight", 2),
+    ):
+        if name not in state:
+            raise InputError(f"teacher {path}: lacks {name}; the file is not whole, or of another model")
+        if state[name].ndim != dims:
+            raise InputError(f"teacher {path}: {name} is {tuple(state[name].shape)}, expected {dims} dimensions")
+    if "head.1.weight" in state and state["head.1.weight"].ndim != 2:
+        raise InputError(f"teacher {path}: head.1.weight is {tuple(state['head.1.weight'].shape)}, expected a matrix")
+    for name, value in state.items():
+        if not value.is_floating_point():
+            raise InputError(f"teacher {path}: {name} holds {value.dtype}; only floating point weights can be used")
+    numbers = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+    if numbers != {str(number) for number in range(len(numbers))}:
+        raise InputError(f"teacher {path}: its blocks are {', '.join(sorted(numbers))[:80]}, not numbered from 0")
+
+
+def join(state: dict[str, Tensor], names: Sequence[str], into: str, dim: int, path: Path) -> None:
+    """Replace the weights ``names`` by one tensor: one after the other along ``dim``.
+
+    Raises:
+        InputError: they are not all of one shape and type.
+    """
+    parts = [state.pop(name) for name in names]
+    kinds = {(part.shape, part.dtype) for part in parts}
+    if parts[0].ndim <= dim or len(kinds) > 1:
+        found = ", ".join(f"{part.dtype} {tuple(part.shape)}" for part in parts)
+        raise InputError(f"teacher {path}: {', '.join(names)} are {found}; expected the same of all")
+    state[into] = torch.cat(parts, dim=dim)
 
 
 def heads_of(width: int, path: Path) -> int:
