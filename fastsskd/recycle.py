@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LINE = 64
+"""Bytes of a cache line, which are also those of the widest vector."""
+
 
 class Recycler:
     """Gives out float32 tensors on the CPU; one that is forgotten, with all its views, lends its memory to the next."""
@@ -27,10 +30,16 @@ class Recycler:
         try:
             memory = free.pop()  # atomic: other threads do the same
         except IndexError:
-            memory = np.empty(size, np.float32)
+            memory = _aligned(size)
         loan = _Loan(memory)
         weakref.finalize(loan, free.append, memory).atexit = False
         return torch.from_numpy(np.asarray(loan)).view(shape)
+
+
+def _aligned(size: int) -> np.ndarray:
+    """New float32 memory that begins where a cache line does, which NumPy's own does not."""
+    memory = np.empty(size + LINE // 4, np.float32)
+    return memory[-memory.ctypes.data % LINE // 4 :][:size]
 
 
 class _Loan:

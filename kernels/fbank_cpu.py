@@ -91,18 +91,31 @@ def fbank_batch(waveform, scale, frames, plan, out):
 @inlined
 def fbank_clip(waveform, scale, frames, plan, out):
     """Log-mel of one clip into the first ``frames`` rows of ``out``."""
-    shift, length = plan.shift, plan.window.size
-    work = np.empty((2 * plan.place.size, LANES), np.float32)
-    tile = np.empty((shift, LANES + (length - 1) // shift), np.float32)
-    mel = np.empty((out.shape[1], LANES), np.float32)
+    work, tile, mel = block_memory(plan, out.shape[1])
     for start in range(0, frames, LANES):
-        read_tile(waveform[start * shift :], tile)
-        window_frames(tile, plan.window, scale, work)
-        complex_fft(work, plan.root)
-        power_spectrum(work, plan.half_root, plan.place)
-        mel_filters(work, plan.mel_start, plan.mel_row, plan.mel_weight, mel)
-        log_inplace(mel.reshape(-1))
-        copy_transposed(mel.reshape(-1), mel.shape[1], mel.shape[0], out[start : min(start + LANES, frames)])
+        fbank_block(
+            waveform[start * plan.shift :], scale, plan, work, tile, mel, out[start : min(start + LANES, frames)]
+        )
+
+
+@inlined
+def block_memory(plan, num_mel_bins):
+    """What ``fbank_block`` works in: the spectra, the samples and the filters' outputs of LANES frames."""
+    work = np.empty((2 * plan.place.size, LANES), np.float32)
+    tile = np.empty((plan.shift, LANES + (plan.window.size - 1) // plan.shift), np.float32)
+    return work, tile, np.empty((num_mel_bins, LANES), np.float32)
+
+
+@inlined
+def fbank_block(waveform, scale, plan, work, tile, mel, out):
+    """Log-mel of up to LANES frames, as many as ``out`` has rows; the first begins where ``waveform`` does."""
+    read_tile(waveform, tile)
+    window_frames(tile, plan.window, scale, work)
+    complex_fft(work, plan.root)
+    power_spectrum(work, plan.half_root, plan.place)
+    mel_filters(work, plan.mel_start, plan.mel_row, plan.mel_weight, mel)
+    log_inplace(mel.reshape(-1))
+    copy_transposed(mel.reshape(-1), mel.shape[1], mel.shape[0], out)
 
 
 @inlined

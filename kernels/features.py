@@ -6,10 +6,11 @@ import torch
 from fastsskd_kernels.backend import resolve_backend
 from fastsskd_kernels.compile import njit
 from fastsskd_kernels.fbank import check_waveform, fbank_torch, numpy_waveform
-from fastsskd_kernels.fbank_cpu import fbank_clip, make_plan
+from fastsskd_kernels.fbank_cpu import block_memory, fbank_block, make_plan
 from fastsskd_kernels.hog import hog_patch_mean_torch
-from fastsskd_kernels.hog_cpu import patch_mean_clip
+from fastsskd_kernels.hog_cpu import band_mean
 from fastsskd_kernels.kaldi import num_frames as count_frames
+from fastsskd_kernels.simd import LANES, VECTOR_BYTES, fence, load, splat, store_past_cache
 
 AUDIOSET_MEAN = -4.2677393
 AUDIOSET_STD = 4.5689974
@@ -133,17 +134,38 @@ def _outputs(out: tuple | None, waveform: torch.Tensor, *shapes: tuple[int, ...]
 
 @njit
 def features_batch(waveform, scale, frames, plan, norm, patch, fbank, hog):
-    """Each clip while it is in cache: log-mel into ``fbank``, its patch means, then padding and normalisation."""
+    """Log-mel, its patch means, padding and normalisation of each clip, band of patches by band of patches.
+
+    The log-mel lies in memory that serves every clip and stays in cache; the result goes past it. A band's gradients
+    need the row after it, so a band waits for the next.
+    """
+    work, tile, mel = block_memory(plan, fbank.shape[2])
+    raw, column_sum = np.empty((frames, fbank.shape[2]), np.float32), np.empty(fbank.shape[2], np.float32)
     for b in range(fbank.shape[0]):
-        fbank_clip(waveform[b], scale, frames, plan, fbank[b])
-        patch_mean_clip(fbank[b], frames, patch, hog[b])
-        normalise(fbank[b], frames, norm)
+        band = 0
+        for start in range(0, frames, LANES):
+            end = min(start + LANES, frames)
+            fbank_block(waveform[b, start * plan.shift :], scale, plan, work, tile, mel, raw[start:end])
+            while (band + 1) * patch < end:
+                band_mean(raw, frames, patch, band, column_sum, hog[b])
+                normalise(raw[band * patch : (band + 1) * patch], norm, fbank[b, band * patch : (band + 1) * patch])
+                band += 1
+        for rest in range(band, fbank.shape[1] // patch):
+            band_mean(raw, frames, patch, rest, column_sum, hog[b])
+        normalise(raw[band * patch :], norm, fbank[b, band * patch : frames])
+        fbank[b, frames:] = (np.float32(0.0) - norm[0]) * norm[1]
+    fence()
 
 
 @njit
-def normalise(fbank, frames, norm):
-    """(fbank - mean) * factor, where norm = (mean, factor); frames beyond the clip's are zero before that."""
+def normalise(fbank, norm, out):
+    """out = (fbank - mean) * factor, where norm = (mean, factor)."""
     mean, factor = norm
-    for t in range(fbank.shape[0]):
-        for f in range(fbank.shape[1]):
-            fbank[t, f] = ((fbank[t, f] if t < frames else np.float32(0.0)) - mean) * factor
+    if out.shape[1] % LANES == 0 and out.ctypes.data % VECTOR_BYTES == 0:
+        for t in range(out.shape[0]):
+            for f in range(0, out.shape[1], LANES):
+                store_past_cache(out, t, f, (load(fbank, t, f) - splat(mean)) * splat(factor))
+        return
+    for t in range(out.shape[0]):
+        for f in range(out.shape[1]):
+            out[t, f] = (fbank[t, f] - mean) * factor

@@ -25,20 +25,25 @@ def patch_mean_batch(fbank, frames, patch, out):
 @inlined
 def patch_mean_clip(fbank, frames, patch, out):
     """As ``patch_mean_batch``, one clip: (T, F) -> (N,)."""
-    columns = fbank.shape[1]
-    across = columns // patch
-    column_sum = np.empty(columns, np.float32)
-    for band in range(out.size // across):
-        column_sum[:] = np.float32(0.0)
-        for row in range(band * patch, (band + 1) * patch):
-            above, here, below = neighbours(row, frames, patch * (out.size // across))
-            add_magnitudes(fbank[above], fbank[here], fbank[below], column_sum)
-        for cell in range(across):
-            total = np.float32(0.0)
-            for f in range(cell * patch, (cell + 1) * patch):
-                total += column_sum[f]
-            mean = total / np.float32(patch * patch)
-            out[band * across + cell] = mean if abs(mean) < np.float32(np.inf) else np.float32(np.nan)
+    column_sum = np.empty(fbank.shape[1], np.float32)
+    for band in range(out.size * patch // fbank.shape[1]):
+        band_mean(fbank, frames, patch, band, column_sum, out)
+
+
+@njit
+def band_mean(fbank, frames, patch, band, column_sum, out):
+    """The patches of one band of ``patch`` rows; reads the row before and the row after it as well."""
+    across = fbank.shape[1] // patch
+    column_sum[:] = np.float32(0.0)
+    for row in range(band * patch, (band + 1) * patch):
+        above, here, below = neighbours(row, frames, patch * (out.size // across))
+        add_magnitudes(fbank[above], fbank[here], fbank[below], column_sum)
+    for cell in range(across):
+        total = np.float32(0.0)
+        for f in range(cell * patch, (cell + 1) * patch):
+            total += column_sum[f]
+        mean = total / np.float32(patch * patch)
+        out[band * across + cell] = mean if abs(mean) < np.float32(np.inf) else np.float32(np.nan)
 
 
 @inlined

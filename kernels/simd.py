@@ -18,6 +18,7 @@ from numba.extending import intrinsic, lower_builtin, models, register_model, ty
 
 # One AVX-512 register, or one AVX register (two registers of NEON or SSE).
 LANES = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8
+VECTOR_BYTES = 4 * LANES
 _VECTOR = ir.VectorType(ir.FloatType(), LANES)
 
 
@@ -88,6 +89,34 @@ def store(typingctx, array, row, column, value):
         return context.get_dummy_value()
 
     return types.none(array, row, column, value), generate
+
+
+@intrinsic
+def store_past_cache(typingctx, array, row, column, value):
+    """As ``store``, straight to memory: what is written is not fetched first, and drives nothing out of the cache.
+
+    The address must be a multiple of the vector's size. ``fence`` must follow before another thread reads it.
+    """
+
+    def generate(context, builder, signature, arguments):
+        row, column = _index(context, builder, signature, arguments, (1, 2))
+        there = _address_2d(context, builder, signature.args[0], arguments[0], row, column)
+        written = builder.store(arguments[3], builder.bitcast(there, _VECTOR.as_pointer()), align=VECTOR_BYTES)
+        written.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(cgutils.int32_t, 1)]))
+        return context.get_dummy_value()
+
+    return types.none(array, row, column, value), generate
+
+
+@intrinsic
+def fence(typingctx):
+    """fence(): everything written so far is there for other threads, ``store_past_cache`` included."""
+
+    def generate(context, builder, signature, arguments):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.none(), generate
 
 
 @intrinsic

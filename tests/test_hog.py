@@ -227,3 +227,16 @@ def test_gpu_equals_cpu():
     )
     mean = kernels.hog_patch_mean(fbank, backend="torch")
     torch.testing.assert_close(kernels.hog_patch_mean(fbank.cuda()).cpu(), mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3, 8])
+@pytest.mark.parametrize("bins", [128, 24])
+def test_features_are_the_same_wherever_they_are_written(offset, bins):
+    clips = torch.randn(3, 16000, generator=torch.Generator().manual_seed(5)) * 0.1
+    options = {"num_mel_bins": bins, "patch": 8, "num_frames": 112, "backend": "numba"}
+    expected = kernels.features(clips, **options)
+    memory = torch.empty(3 * 112 * bins + 64)
+    memory = memory[-memory.data_ptr() % 64 // 4 + offset :][: 3 * 112 * bins].view(3, 112, bins)
+    hog = torch.empty_like(expected[1])
+    kernels.features(clips, **options, out=(memory, hog))
+    assert torch.equal(memory, expected[0]) and torch.equal(hog, expected[1])

@@ -24,6 +24,12 @@ def test_forgotten_memory_is_used_again_and_held_memory_is_not():
     assert third.data_ptr() == place and third.shape == (400,) and third.dtype == torch.float32
 
 
+def test_memory_begins_where_a_cache_line_does():
+    memory = Recycler()
+    held = [memory.empty(size) for size in (1, 7, 100, 4097, 1 << 20)]
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in held)
+
+
 def test_numpy_views_and_autograd_hold_it_too():
     memory = Recycler()
     a = memory.empty(8)
