@@ -20,6 +20,8 @@ class Batch:
         index: ``(B,)`` int64, rows of the manifest.
         seed: ``(B,)`` int64, one random seed a clip and epoch, for its masks.
         waveform: ``(B, S)`` float32 at 16 kHz, the same crops, if asked for.
+        teacher_probs: ``(B, C)`` float32, a teacher's class probabilities for the same crops, if they are stored.
+        teacher_features: ``(B, D)`` float32, its clip features, likewise.
     """
 
     fbank: Tensor
@@ -29,6 +31,8 @@ class Batch:
     index: Tensor
     seed: Tensor
     waveform: Tensor | None = None
+    teacher_probs: Tensor | None = None
+    teacher_features: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.key)

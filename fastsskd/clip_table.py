@@ -7,7 +7,7 @@ share its pages. Reading and writing it on disk is `fastsskd.manifest`; making o
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -251,6 +251,13 @@ class Manifest:
         labels = pa.ListArray.from_arrays(self._labels.offsets, values)
         table = self.table.set_column(SCHEMA.get_field_index("labels"), SCHEMA.field("labels"), labels)
         return self.replace(table=table, classes=classes)
+
+    def mark(self, reasons: Mapping[int, str]) -> "Manifest":
+        """Same clips, but why clip `i` must not be used is now `reasons[i]`; "" = it is good."""
+        column = one_chunk(self.table.column("bad")).to_numpy(zero_copy_only=False).copy()
+        column[self._table_rows(np.array(list(reasons), np.int64))] = list(reasons.values())
+        index = SCHEMA.get_field_index("bad")
+        return self.replace(table=self.table.set_column(index, SCHEMA.field("bad"), pa.array(column, pa.string())))
 
     def fingerprint(self) -> str:
         """16 hex digits over keys and paths in order: equal means a resumed run sees the same clips in the same order.

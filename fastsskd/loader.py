@@ -24,6 +24,7 @@ from fastsskd.clip_table import PACKED
 from fastsskd.errors import InputError
 from fastsskd.patches import NUM_MEL_BINS, num_input_frames
 from fastsskd.sampler import Sampler
+from fastsskd.stored_answers import Crops
 from fastsskd.stream import PART, Stream, StreamSettings
 
 __all__ = ["Batch", "Loader", "default_workers", "open_manifest"]
@@ -48,6 +49,8 @@ class Loader:
         prefetch: batches kept ready ahead of the consumer; None or 0 = enough to keep all workers busy, within
             ``MAX_AHEAD`` bytes.
         waveform: put the waveform in the batch, for a teacher that has its own features.
+        crops: which crops to hear instead of a new one of each clip every epoch (the start, if not ``train``); if they
+            are those of :class:`~fastsskd.stored_answers.StoredAnswers`, the answers are put in the batch.
         mean, std: normalisation, ``(x - mean) / (2 * std)``.
         drop_last_to: drop an epoch's tail to a multiple of this many clips; 0 = every clip exactly once.
         weights: sampling weight of each clip, see :class:`~fastsskd.sampler.Sampler`; or a file of them, one a line.
@@ -74,6 +77,7 @@ class Loader:
         workers: int | None = None,
         prefetch: int | None = None,
         waveform: bool = False,
+        crops: Crops | None = None,
         mean: float = config.AUDIOSET_MEAN,
         std: float = config.AUDIOSET_STD,
         drop_last_to: int = 0,
@@ -83,9 +87,8 @@ class Loader:
         skip_log: str | Path | None = None,
     ):
         self.manifest = open_manifest(manifest)
-        self.train, self.seed = train, seed
+        self.train, self.seed, self.max_bad_share, self.max_bad = train, seed, max_bad_share, max_bad
         self.device, self.workers = _device(device), workers or default_workers()
-        self.max_bad_share, self.max_bad = max_bad_share, max_bad
         self.skip_log = None if skip_log is None else Path(skip_log)
         self.sampler = Sampler(
             len(self.manifest),
@@ -111,10 +114,10 @@ class Loader:
             workers=self.workers,
             prefetch=self.prefetch,
             waveform=waveform,
+            crops=crops,
         )
         self.skipped: dict[str, str] = {}
-        self.epoch = self.position = 0
-        self._seen = 0
+        self.epoch = self.position = self._seen = 0
         self._stream: Stream | None = None
 
     def __len__(self) -> int:

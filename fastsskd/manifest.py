@@ -124,11 +124,7 @@ def mark_bad(path: str | Path, reasons: Mapping[str, str]) -> None:
     if where.null_count:
         unknown = next(key for key, row in zip(reasons, where.to_pylist(), strict=True) if row is None)
         raise InputError(f"{path}: has no clip {unknown!r} to mark: give keys as the manifest has them")
-    column = manifest.table.column("bad").to_numpy().copy()
-    column[where.to_numpy()] = list(reasons.values())
-    index = SCHEMA.get_field_index("bad")
-    table = manifest.table.set_column(index, SCHEMA.field("bad"), pa.array(column, pa.string()))
-    save(manifest.replace(table=table), path)
+    save(manifest.mark(dict(zip(where.to_pylist(), reasons.values(), strict=True))), path)
 
 
 def keep_existing(manifest: Manifest) -> Manifest:

@@ -27,6 +27,7 @@ from fastsskd.manifest import Manifest
 from fastsskd.patches import NUM_MEL_BINS, PATCH
 from fastsskd.recycle import Recycler
 from fastsskd.sampler import Sampler
+from fastsskd.stored_answers import Crops
 
 _CROP_STREAM = 100  # random streams from 100 on are ours; below, the masks' (kernels/random.py)
 PART = 8
@@ -49,6 +50,7 @@ class StreamSettings:
     workers: int
     prefetch: int
     waveform: bool
+    crops: Crops | None = None
 
 
 @dataclass
@@ -66,10 +68,12 @@ class _Work:
     """A batch being made.
 
     Attributes:
+        epoch: that it is of.
         results: what became of each clip: None = its rows are filled; a crop for the device; or why it is bad.
         parts_left: parts of it that are not finished.
     """
 
+    epoch: int
     index: np.ndarray
     seed: np.ndarray
     crops: list[Crop]
@@ -131,11 +135,11 @@ class Stream:
         for pool in (self._herald, self._pool):
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _plan(self, epoch: int, position: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-        """Clips, their seeds, and the position after each batch; training goes on through all epochs to come."""
+    def _plan(self, epoch: int, position: int) -> Iterator[tuple[int, np.ndarray, int]]:
+        """Epoch, clips, and the position after each batch; training goes on through all epochs to come."""
         while True:
             for index, after in self._s.sampler.batches(epoch, position):
-                yield index, kernels.derive_seeds(self._s.seed, epoch, index), after
+                yield epoch, index, after
             if not self._s.train:
                 return
             epoch, position = epoch + 1, 0
@@ -152,16 +156,18 @@ class Stream:
             for start in range(0, len(work.index), PART) or [0]:  # an empty batch has one empty part
                 self._pool.submit(self._do_part, work, range(start, min(start + PART, len(work.index))))
 
-    def _new_work(self, index: np.ndarray, seed: np.ndarray, position: int) -> _Work:
+    def _new_work(self, epoch: int, index: np.ndarray, position: int) -> _Work:
         s, size = self._s, len(index)
-        where = kernels.uniform(torch.from_numpy(seed), 1, stream=_CROP_STREAM)[:, 0].tolist()
-        crops = [Crop(s.num_samples, share if s.train else 0.0) for share in where]
+        seed = kernels.derive_seeds(s.seed, epoch, index)
+        crop_seed = seed if s.crops is None else s.crops.seeds(epoch, index)
+        where = kernels.uniform(torch.from_numpy(crop_seed), 1, stream=_CROP_STREAM)[:, 0].tolist()
+        crops = [Crop(s.num_samples, share if s.train or s.crops is not None else 0.0) for share in where]
         rows = 0 if self._on_gpu else size
         fbank = self._memory.empty(rows, s.num_frames, NUM_MEL_BINS)
         hog = torch.empty(rows, s.num_frames * NUM_MEL_BINS // PATCH**2)
         waveform = self._memory.empty(rows, s.num_samples) if s.waveform else None
         parts = max(-(-size // PART), 1)
-        return _Work(index, seed, crops, position, fbank, hog, waveform, parts, [None] * size)
+        return _Work(epoch, index, seed, crops, position, fbank, hog, waveform, parts, [None] * size)
 
     # The rest runs in the workers.
 
@@ -213,6 +219,7 @@ class Stream:
         index, columns = work.index[good], [work.fbank, work.hog, work.waveform]
         if skipped and not self._on_gpu:
             columns = [column if column is None else column[torch.from_numpy(good)] for column in columns]
+        answers = (None, None) if self._s.crops is None else self._s.crops.answers(work.epoch, index)
         batch = Batch(
             columns[0],
             columns[1],
@@ -221,6 +228,7 @@ class Stream:
             torch.from_numpy(index.astype(np.int64)),
             torch.from_numpy(work.seed[good]),
             columns[2],
+            *answers,
         )
         if not self._on_gpu:
             return Delivery(batch, None, work.position, skipped)
@@ -242,8 +250,14 @@ class Stream:
                 label=batch.label.to(s.device, non_blocking=True),
                 seed=batch.seed.to(s.device, non_blocking=True),
                 waveform=waveform if s.waveform else None,
+                teacher_probs=_to(batch.teacher_probs, s.device),
+                teacher_features=_to(batch.teacher_features, s.device),
             )
             return batch, self._side.record_event()
+
+
+def _to(values: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if values is None else values.to(device, non_blocking=True)
 
 
 def crop_in_place(clip: Window, crop: Crop) -> Tensor | None:
