@@ -294,6 +294,7 @@ def arguments() -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict:
+    """All of it; what there is is written after each part, so that a run that is stopped is not lost."""
     data = throughput_data.build(folder, options.audio, options.clips)
     bench = Bench(options, data)
     chosen = [c for c in CANDIDATES if not options.only or c.name in options.only]
@@ -301,29 +302,39 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
     if options.quick:
         rows = [row for row in rows if row.candidate.kind == "ours" or row.source == row.candidate.sources[0]]
     results = {"machine": common.machine(versions(options.peers_python), command(options)), "data": data["about"]}
-    results["checks"] = bench.check(rows)
+    results |= {"checks": bench.check(rows), "cold": None, "large_manifest": None}
+    ours = Row(CANDIDATES[0], "packed", WORKERS)
     if not options.quick:
         bench.time(rows, options.rounds)
+        write(options, results, bench)
+    if options.big_gb:
+        results["cold"] = throughput_big.cold(bench, ours, folder / "big")
+    if options.rows:
+        results["large_manifest"] = throughput_big.large_manifest(bench, ours)
+    if not options.quick:
+        write(options, results, bench)
         bench.time(more_workers(bench), min(options.rounds, 3))
-    ours = Row(CANDIDATES[0], "packed", WORKERS)
-    results["cold"] = throughput_big.cold(bench, ours, folder / "big") if options.big_gb else None
-    results["large_manifest"] = throughput_big.large_manifest(bench, ours) if options.rows else None
+    write(options, results, bench)
+    return results
+
+
+def write(options: argparse.Namespace, results: dict, bench: Bench) -> None:
+    """The samples so far as numbers, a page and a picture."""
     results["rows"] = bench.table()
     results["failures"] = {label(row): reason for row, reason in bench.failures.items()}
     results["machine"]["samples_on_an_idle_machine"] = str(bench.idle)
     results["verdicts"] = throughput_report.verdicts(results)
-    return results
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "throughput.json").write_text(json.dumps(results, indent=1) + "\n")
+        (options.out / "throughput.md").write_text(throughput_report.markdown(results))
+        throughput_report.plot(results, options.out / "throughput.png")
 
 
 def main() -> None:
     options = arguments()
     with tempfile.TemporaryDirectory(prefix="throughput-", dir=options.work) as folder:
         results = measure(options, Path(folder))
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "throughput.json").write_text(json.dumps(results, indent=1) + "\n")
-        (options.out / "throughput.md").write_text(throughput_report.markdown(results))
-        throughput_report.plot(results, options.out / "throughput.png")
     print(throughput_report.markdown(results))
 
 
