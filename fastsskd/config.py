@@ -88,7 +88,12 @@ class MaskConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     size: str = _option("base", "preset; base has 92 M parameters", choices=SIZES)
-    init: str = _option("", "start iteration 1 from a checkpoint of ours or a timm ViT's file; empty = random")
+    attention: str = _option(
+        "plain", "simam = SimAM's parameter-free attention after each block's own (SPFA)", choices=("plain", "simam")
+    )
+    init: str = _option(
+        "", "start iteration 1 from a file: a model of ours, a ViT or DeiT of timm's or Google's, AudioMAE; empty = random"
+    )
     drop_path: float = _option(
         0.0, "stochastic depth rate of the last block while training with labels", low=0.0, high=0.9
     )
@@ -132,6 +137,9 @@ class DistillConfig(StageConfig):
         "",
         "checkpoint of the teacher: ours, AST's, BEATs', AudioMAE's; or a list of them, whose mean teaches; empty = "
         "none; `previous` = the last iteration's model; `supervised` = one of the same size trained with labels first",
+    )
+    stored: str = _option(
+        "", "folder that `fastsskd teach` has filled with a teacher's answers, instead of `teacher`; empty = none"
     )
     teacher_classes: str = _option(
         "", "class_labels_indices.csv that names a teacher's outputs where its checkpoint does not, or by /m/... only"
@@ -288,9 +296,15 @@ def _check_together(config: Config, source: str) -> None:
     ]
     if "ssl" in config.recipe.stages and not any(terms):
         raise UsageError(f"{source}: [loss] switches off all eight terms; leave one on, or recipe.stages = ['distill']")
-    if "distill" in config.recipe.stages and not (config.distill.labels or config.distill.teacher):
-        raise UsageError(f"{source}: distill.labels = false needs a distill.teacher")
-    teachers = config.distill.teacher
+    teachers, stored = config.distill.teacher, config.distill.stored
+    if "distill" in config.recipe.stages and not (config.distill.labels or teachers or stored):
+        raise UsageError(f"{source}: distill.labels = false needs a distill.teacher, or its answers in distill.stored")
+    for name in ("teacher", "teacher_classes", "class_map"):
+        if stored and getattr(config.distill, name):
+            raise UsageError(
+                f"{source}: distill.stored and distill.{name} are both set; whose answers are stored was settled by "
+                f"`fastsskd teach`: leave distill.{name} empty, or distill.stored to ask the teacher in every step"
+            )
     if isinstance(teachers, tuple) and (not teachers or {"", "previous", "supervised"} & set(teachers)):
         raise UsageError(f"{source}: distill.teacher as a list takes checkpoints, at least one")
 

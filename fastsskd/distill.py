@@ -15,8 +15,8 @@ from fastsskd.class_map import teacher_columns
 from fastsskd.config import AugmentConfig, DataConfig, DistillConfig
 from fastsskd.errors import UsageError
 from fastsskd.model import ACM
-from fastsskd.teachers import Teacher
-from fastsskd.teachers.ensemble import probabilities
+from fastsskd.stored_answers import StoredAnswers
+from fastsskd.teachers import Teacher, ask
 
 
 class Distill(nn.Module):
@@ -29,7 +29,8 @@ class Distill(nn.Module):
         distill, augmentation, data: sections of the configuration.
         num_frames: frames of the input that are not padding.
         teacher: frozen, or None for plain supervised training (Table 8, "None"). It is kept outside the module tree,
-            so that it has no optimizer state, no gradients and no place in the checkpoint.
+            so that it has no optimizer state, no gradients and no place in the checkpoint. If its answers are stored,
+            they come with the batches.
         class_map: the teacher's name of a class where it is another one; see ``class_map.py``. A teacher that lacks one
             of the classes gives features only.
     """
@@ -44,7 +45,7 @@ class Distill(nn.Module):
         augmentation: AugmentConfig,
         data: DataConfig,
         num_frames: int,
-        teacher: Teacher | None = None,
+        teacher: Teacher | StoredAnswers | None = None,
         class_map: Mapping[str, str] | None = None,
     ):
         super().__init__()
@@ -65,14 +66,17 @@ class Distill(nn.Module):
         self.projection = None if same_width else nn.Linear(model.embed_dim, teacher.embed_dim)
 
     @property
-    def teacher(self) -> Teacher | None:
+    def teacher(self) -> Teacher | StoredAnswers | None:
         return self._outside[0]
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one batch (which carries its waveforms if there is a teacher), and its parts, detached."""
+        """The loss of one batch, and its parts, detached.
+
+        With a teacher the batch carries the waveforms, or the stored answers.
+        """
         fbank, target = batch.fbank, self._targets(batch.label)
-        scores = features = None
-        if self.teacher is not None:
+        scores, features = batch.teacher_probs, batch.teacher_features
+        if self.teacher is not None and not isinstance(self.teacher, StoredAnswers):
             scores, features = self._teach(batch.waveform)
         if self.augmentation.mixup > 0 and len(batch) > 1:
             partner, ratio = mixup_partner(batch.seed, self.augmentation)
@@ -102,16 +106,9 @@ class Distill(nn.Module):
         floor = 0.5 if self.multi_label else 1.0 / self.num_classes
         return target * (1.0 - share) + share * floor if share else target
 
-    @torch.no_grad()
     def _teach(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
-        """The teacher's class probabilities and clip features."""
-        dtype = self.model.patch_embed.weight.dtype  # a 16-bit run's teacher multiplies in 16 bits too
-        with torch.autocast(waveform.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            scores, features = self.teacher(waveform)
-        scores, features = scores.float(), features.float()
-        if self.columns is not None:
-            scores = scores[:, self.columns]  # before the softmax, which is then over the data set's classes
-        return probabilities(scores, self.teacher.score_kind, self.multi_label), features
+        """The teacher's class probabilities and clip features; in a 16-bit run it multiplies in 16 bits too."""
+        return ask(self.teacher, waveform, self.columns, self.multi_label, self.model.patch_embed.weight.dtype)
 
 
 def _mix(values: Tensor | None, partner: Tensor, ratio: Tensor) -> Tensor | None:

@@ -23,7 +23,6 @@ from fastsskd.engine import Log, StagePlan, StopFlag, Stopped, train_stage
 from fastsskd.errors import InputError, SharedError
 from fastsskd.evaluate import mean_scores, summarise
 from fastsskd.figures import draw_views
-from fastsskd.imagenet import initialise_from_image_model
 from fastsskd.loader import Loader
 from fastsskd.manifest import Manifest
 from fastsskd.model import ACM, build_model
@@ -33,6 +32,8 @@ from fastsskd.sampler import balanced_weights
 from fastsskd.schedule import build_optimizer
 from fastsskd.selection import Selection
 from fastsskd.stages import Stage, plan_stages
+from fastsskd.starting import initialise, starting_weights
+from fastsskd.stored_answers import StoredAnswers
 from fastsskd.teachers import Teacher, describe, load_teacher
 
 
@@ -53,6 +54,7 @@ class Recipe:
         self.deepspeed_config = deepspeed_config
         self.stages = plan_stages(config)
         self.data = open_data(config, self.sizes.total)
+        self._try_init()
         self._try_teacher()
         self.stop = StopFlag()
         self.watchdog = Watchdog(config.run.timeout, self._give_up)
@@ -129,7 +131,7 @@ class Recipe:
     def _evaluate_state(self, state: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Metrics of weights in memory, on the evaluation set; in the midst of training, which alone can save."""
         info = self._info()
-        model = build_model(info.size, len(info.classes), seconds=info.seconds)
+        model = weights.fresh_model(info)
         model.load_state_dict(state)
         return self._score([(model.to(self.device).eval(), info)], stoppable=False)
 
@@ -168,7 +170,7 @@ class Recipe:
         teacher = self._teacher(stage)
         module = self._module(stage, self._start_model(stage), teacher)
         untrained = {n: p.detach().clone() for n, p in module.model.named_parameters() if not p.requires_grad}
-        loader = self._loader(stage, waveform=teacher is not None)
+        loader = self._loader(stage, teacher)
         self.folder.say(f"{stage.name}: loads {loader.describe()}")
         optimizer = build_optimizer(module, self._settings(stage), self.config.optim)
         if ds_config.zero_stage(self.deepspeed_config) == 0:
@@ -225,25 +227,28 @@ class Recipe:
             seconds=self.config.data.seconds,
             drop_path=drop_path,
             activation_checkpointing=options.activation_checkpointing,
+            attention=options.attention,
             seed=self.config.run.seed,
         )
 
     def _start_model(self, stage: Stage) -> ACM:
         """The model a stage begins with: the last stage's, or a fresh one, or ``model.init``'s."""
-        options = self.config.model
-        model = self._fresh_model(drop_path=0.0 if stage.kind == "ssl" else options.drop_path)
-        source = self.folder.model(stage.start) if stage.start else options.init
+        model = self._fresh_model(drop_path=0.0 if stage.kind == "ssl" else self.config.model.drop_path)
+        source = self.folder.model(stage.start) if stage.start else self.config.model.init
         if source:
-            if weights.is_model_file(source):
-                report = weights.initialise_from(model, source, self.data.train.classes)
-            else:
-                report = initialise_from_image_model(model, weights.model_file(source))
-            self.folder.say(
-                f"{stage.name}: starts from {source}: " + ", ".join(f"{len(v)} {k}" for k, v in report.items())
-            )
+            self.folder.note_start(stage.name, source, initialise(model, source, self.data.train.classes))
         return model
 
-    def _teacher(self, stage: Stage) -> Teacher | None:
+    def _try_init(self) -> None:
+        """Look into ``model.init``'s file, if a stage is still to begin with it, before the run's folder is claimed."""
+        if self.config.model.init and not all(stage.start or self.folder.is_done(stage.name) for stage in self.stages):
+            with torch.device("meta"):
+                model = self._fresh_model()
+            starting_weights(model, self.config.model.init, self.data.train.classes)
+
+    def _teacher(self, stage: Stage) -> Teacher | StoredAnswers | None:
+        if stage.stored:
+            return StoredAnswers(stage.stored, self._clips(stage), self.config.data.seconds)
         if stage.teacher is None:
             return None
         names = {other.name for other in self.stages}
@@ -254,15 +259,16 @@ class Recipe:
     def _try_teacher(self) -> None:
         """Load a teacher from outside and let it hear silence: a wrong one is found before days of Multi-SSL."""
         names = {None, *(stage.name for stage in self.stages)}
-        for stage in [stage for stage in self.stages if stage.teacher not in names][:1]:
+        for stage in [stage for stage in self.stages if stage.stored or stage.teacher not in names][:1]:
             teacher = self._teacher(stage)
-            self.folder.say(f"{stage.name}: teacher with {describe(teacher)}")
-            teacher(torch.zeros(1, self.config.num_samples, device=self.device))
+            self.folder.say(f"{stage.name}: {'stored answers' if stage.stored else 'teacher'} with {describe(teacher)}")
+            if not stage.stored:
+                teacher(torch.zeros(1, self.config.num_samples, device=self.device))
             with torch.device("meta"):
                 model = self._fresh_model()
             self._module(stage, model, teacher)  # raises if the two do not go together
 
-    def _module(self, stage: Stage, model: ACM, teacher: Teacher | None) -> Pretrain | Distill:
+    def _module(self, stage: Stage, model: ACM, teacher: Teacher | StoredAnswers | None) -> Pretrain | Distill:
         config = self.config
         if stage.kind == "ssl":
             return Pretrain(model, config.loss, config.mask, slots=self.sizes.micro)
@@ -280,13 +286,14 @@ class Recipe:
             teacher=teacher,
             class_map=load_class_map(distill.class_map) if teacher is not None else None,
         )
-        if teacher is not None and distill.teacher_labels and not module.uses_scores:
+        if teacher is not None and not stage.stored and distill.teacher_labels and not module.uses_scores:
             reason = why_features_only(self.data.train.classes, teacher.classes, load_class_map(distill.class_map))
             self.folder.say(f"{stage.name}: the teacher gives features only: {reason}")
         return module
 
-    def _loader(self, stage: Stage, waveform: bool) -> Loader:
-        data, clips = self.config.data, self._clips(stage)
+    def _loader(self, stage: Stage, teacher: Teacher | StoredAnswers | None) -> Loader:
+        data, stored = self.config.data, isinstance(teacher, StoredAnswers)
+        clips = teacher.manifest if stored else self._clips(stage)
         sampling = None
         if data.sampling == "weights":
             sampling = clips.weights
@@ -303,7 +310,8 @@ class Recipe:
             device=self.device,
             workers=data.workers,
             prefetch=data.prefetch,
-            waveform=waveform,
+            waveform=teacher is not None and not stored,
+            crops=teacher if stored else None,
             mean=data.mean,
             std=data.std,
             drop_last_to=self.sizes.total,
@@ -322,6 +330,7 @@ class Recipe:
             data.seconds,
             data.mean,
             data.std,
+            attention=self.config.model.attention,
         )
 
     def _save(self, stage: Stage, engine: Any, step: int, loader: Loader, selection: Selection) -> None:

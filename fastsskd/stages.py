@@ -16,12 +16,14 @@ class Stage:
         iteration: 1, 2, ...; 0 for the teacher's.
         start: name of the stage whose weights it begins with; None = fresh weights or ``model.init``.
         teacher: name of the stage, or path, of its teacher, or several paths; None = none.
+        stored: folder with its teacher's answers, in place of the teacher; "" = none.
     """
 
     kind: str
     iteration: int
     start: str | None
     teacher: str | tuple[str, ...] | None
+    stored: str = ""
 
     @property
     def name(self) -> str:
@@ -36,10 +38,11 @@ def plan_stages(config: Config) -> list[Stage]:
         stages.append(Stage("teacher", 0, None, None))
     for iteration in range(1, config.recipe.iterations + 1):
         for kind in config.recipe.stages:
-            teacher = None
+            teacher, stored = None, ""
             if kind == "distill":
+                stored = config.distill.stored
                 teacher = {"": None, "supervised": "teacher", "previous": last_distilled}.get(wanted, wanted)
-            stages.append(Stage(kind, iteration, last, teacher))
+            stages.append(Stage(kind, iteration, last, teacher, stored))
             last = stages[-1].name
             if kind == "distill":
                 last_distilled = last

@@ -19,7 +19,7 @@ from fastsskd.class_map import load_class_list
 from fastsskd.errors import InputError, UsageError
 from fastsskd.foreign import checkpoint_file, load_checkpoint, recognise, weights_in
 from fastsskd.teachers import ast, audiomae, beats, ours
-from fastsskd.teachers.ensemble import Ensemble
+from fastsskd.teachers.ensemble import Ensemble, probabilities
 from fastsskd.weights import is_model_file
 
 
@@ -76,6 +76,26 @@ def load_teacher(
         raise UsageError("teacher: an empty list of checkpoints")
     members = [_load_one(each, kind, names, classes) for each in path]
     return members[0] if len(members) == 1 else Ensemble(members, [str(each) for each in path], multi_label)
+
+
+@torch.no_grad()
+def ask(
+    teacher: Teacher, waveform: Tensor, columns: Tensor | None, multi_label: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """A teacher's class probabilities and clip features, float32.
+
+    Args:
+        waveform: ``(B, S)`` at 16 kHz.
+        columns: of its scores, those of the data set's classes; None = all.
+        multi_label: probabilities are per class, else a distribution over the columns.
+        dtype: what it multiplies in.
+    """
+    with torch.autocast(waveform.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        scores, features = teacher(waveform)
+    scores, features = scores.float(), features.float()
+    if columns is not None:
+        scores = scores[:, columns]  # before the softmax, which is then over the data set's classes
+    return probabilities(scores, teacher.score_kind, multi_label), features
 
 
 def describe(teacher: Teacher) -> str:
