@@ -79,7 +79,25 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch_size", type=_positive, default=32)
     evaluate.add_argument("--device", default=None, help="cpu or cuda; default: cuda if there is one")
     evaluate.add_argument("--workers", type=_positive, default=None, help="threads; default: all cores")
+    _add_plan(commands)
     return parser
+
+
+def _add_plan(commands: Any) -> None:
+    plan = _command(commands, "plan", _plan, "memory, time, communication and loader needs of a run at N GPUs")
+    plan.add_argument("--config", required=True, metavar="T", help="TOML of the run; presets are in launch/configs/")
+    plan.add_argument("--ds_config", required=True, metavar="J", help="DeepSpeed JSON of the run")
+    plan.add_argument("--set", action="append", default=[], metavar="a.b=c", help="change one field of the TOML")
+    plan.add_argument(
+        "--gpu", default=None, help="V100-32, V100-16, A100-40, A100-80, H100, H200, or this: measures this machine"
+    )
+    plan.add_argument("--gpus", type=_positive, nargs="+", default=None, metavar="N", help="default: 1 8 64 512 4096")
+    plan.add_argument("--gpus_per_node", type=_positive, default=None, help="default: 8, or 1 for a measured machine")
+    plan.add_argument("--clips", type=_positive, default=None, metavar="N", help="training clips; default: 2000000")
+    plan.add_argument("--manifest", default=None, metavar="M", help="count the clips of this manifest or folder")
+    plan.add_argument("--epochs", type=_positive, default=None, metavar="E", help="of each stage; default: the TOML's")
+    plan.add_argument("--measured", default=None, metavar="FILE", help="costs that --gpu this --json printed")
+    plan.add_argument("--json", action="store_true", help="JSON on stdout, the tables on stderr")
 
 
 def _command(commands: Any, name: str, function: Callable[[argparse.Namespace], int], text: str) -> Any:
@@ -209,6 +227,21 @@ def _evaluate(args: argparse.Namespace) -> int:
     metrics = evaluate(args.checkpoint, clips, batch_size=args.batch_size, device=device, workers=args.workers or 0)
     print(table(metrics), file=sys.stderr)
     print(to_json(metrics))
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from fastsskd import plan_job, plan_report
+    from fastsskd.plan import plan_at
+
+    if args.manifest and args.clips:
+        raise UsageError("--manifest and --clips: both give the number of clips; choose one")
+    job, measured = plan_job.from_arguments(args)
+    plans = [plan_at(job, gpus) for gpus in args.gpus or ((1,) if args.gpu == "this" else plan_job.GPU_COUNTS)]
+    paper = plan_report.paper_point(job.config)
+    print(plan_report.table(job, plans, paper, measured), file=sys.stderr if args.json else sys.stdout)
+    if args.json:
+        print(json.dumps(plan_report.to_dict(job, plans, paper, measured), indent=1))
     return 0
 
 
