@@ -92,7 +92,8 @@ class ModelConfig:
         "plain", "simam = SimAM's parameter-free attention after each block's own (SPFA)", choices=("plain", "simam")
     )
     init: str = _option(
-        "", "start iteration 1 from a file: a model of ours, a ViT or DeiT of timm's or Google's, AudioMAE; empty = random"
+        "",
+        "start iteration 1 from a file: a model of ours, a ViT of timm's, DeiT's or Google's, AudioMAE; empty = random",
     )
     drop_path: float = _option(
         0.0, "stochastic depth rate of the last block while training with labels", low=0.0, high=0.9

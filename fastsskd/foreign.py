@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -22,14 +23,18 @@ from torch import Tensor
 from fastsskd.errors import InputError
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the names of Hugging Face, before any other
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz")
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "module")  # under which trainers put the weights
 _TORCH_PICKLE = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # begins what torch.save wrote before version 1.6
 _AGAIN = "download or copy it again"
 
 # What the names of the weights begin with, most particular first: (kind of teacher or "", in words, names).
 _MARKS = (
-    ("ours", "a model of fastsskd, perhaps without the description in model.safetensors", ("patch_embed.weight", "mae.mask_token", "blocks.0.")),
+    (
+        "ours",
+        "a model of fastsskd, perhaps without the description in model.safetensors",
+        ("patch_embed.weight", "mae.mask_token", "blocks.0."),
+    ),
     ("ast", "AST, original layout", ("v.pos_embed", "v.dist_token", "v.blocks.0.")),
     ("ast", "AST, Hugging Face layout", ("audio_spectrogram_transformer.",)),
     ("ast", "AST, Hugging Face layout", ("embeddings.distillation_token", "embeddings.patch_embeddings.")),
@@ -48,6 +53,7 @@ _MARKS = (
     ("", "Whisper, Hugging Face layout", ("model.encoder.conv1.", "model.decoder.")),
     ("", "a ViT for pictures, Hugging Face layout", ("vit.embeddings.",)),
     ("", "a DeiT for pictures, Hugging Face layout", ("deit.embeddings.",)),
+    ("", "a ViT for pictures, Google's .npz", ("embedding/kernel", "Transformer/encoderblock_0/")),
     ("", "a ResNet for pictures", ("conv1.weight", "bn1.", "layer1.0.")),
 )
 
@@ -81,7 +87,7 @@ def checkpoint_file(path: str | Path) -> Path:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What a ``.safetensors`` file or one of ``torch.save`` holds, on the CPU; a folder stands for its file of weights.
+    """What ``.safetensors``, ``.npz`` or a file of ``torch.save`` holds, on the CPU; a folder stands for its one file.
 
     The tensors may still lie in the file: copy what is kept.
 
@@ -102,7 +108,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         if not head.startswith((b"PK\x03\x04", _TORCH_PICKLE)):
             is_pickle = head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5")
             kind = "a pickle that PyTorch did not write" if is_pickle else "of an unknown format"
-            raise InputError(f"checkpoint {path}: {kind}; expected .safetensors, or a .pt or .pth of torch.save")
+            raise InputError(f"checkpoint {path}: {kind}; expected .safetensors, .npz, or a .pt or .pth of torch.save")
+        if head.startswith(b"PK") and _is_npz(path):
+            return _load_npz(path)
         return _load_torch(path, is_zip=head.startswith(b"PK"))
     except OSError as error:
         raise InputError(f"checkpoint {path}: cannot be read ({error.strerror or error})") from None
@@ -117,6 +125,14 @@ def weights_in(state: Mapping[str, Any]) -> dict[str, Tensor]:
     if weights and all(name.startswith("module.") for name in weights):
         weights = {name.removeprefix("module."): value for name, value in weights.items()}
     return weights
+
+
+def beside_weights(state: Mapping[str, Any]) -> list[str]:
+    """Names of what trainers put beside the weights of :func:`weights_in`: epochs, arguments, optimizer state."""
+    wrapper = next((name for name in _WRAPPERS if isinstance(state.get(name), Mapping)), None)
+    if wrapper is None:
+        return [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    return [str(name) for name in state if name != wrapper] + beside_weights(state[wrapper])
 
 
 def recognise(weights: Mapping[str, Tensor]) -> tuple[str, str]:
@@ -197,6 +213,38 @@ def _load_torch(path: Path, is_zip: bool) -> dict[str, Any]:
         ) from None
     if not isinstance(state, dict):
         raise InputError(f"checkpoint {path}: holds a {type(state).__name__}, not a dictionary of weights")
+    return state
+
+
+def _is_npz(path: Path) -> bool:
+    """Whether a zip archive holds NumPy's arrays and nothing else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile:
+        return False
+    return bool(names) and all(name.endswith(".npy") for name in names)
+
+
+def _load_npz(path: Path) -> dict[str, Tensor]:
+    """NumPy's arrays by name. NumPy unpickles nothing: arrays of Python objects are refused."""
+    state, name = {}, ""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            for name in arrays.files:
+                found = arrays[name]
+                if found.dtype.kind not in "fiub" or not found.dtype.isnative:
+                    raise InputError(f"checkpoint {path}: {name} holds {found.dtype}, not numbers that can be weights")
+                state[name] = torch.from_numpy(found)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged header can raise anything
+        if "allow_pickle" in str(error):
+            raise InputError(
+                f"checkpoint {path}: {name} holds Python objects, which would run code and are refused; save its "
+                "arrays of numbers alone"
+            ) from None
+        raise InputError(f"checkpoint {path}: cut off or damaged ({type(error).__name__}); {_AGAIN}") from None
     return state
 
 

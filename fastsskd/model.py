@@ -40,11 +40,42 @@ SIZES = {
 }
 
 
+ATTENTIONS = ("plain", "simam")
+"""Of the AFT's blocks: as in ViT, or its output weighted by :func:`simam`; the weights are the same."""
+
+
 def _blocks(dim: int, depth: int, heads: int, drop_path: float = 0.0) -> nn.ModuleList:
     """Pre-norm ViT blocks; stochastic depth grows linearly from 0 to ``drop_path``."""
     norm = partial(nn.LayerNorm, eps=1e-6)
     rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
     return nn.ModuleList(Block(dim, heads, qkv_bias=True, norm_layer=norm, drop_path=rate) for rate in rates)
+
+
+def simam(x: Tensor, energy_lambda: float = 1e-4) -> Tensor:
+    """SimAM's parameter-free attention (Yang et al., ICML 2021), over a clip's tokens in place of pixels.
+
+    A neuron counts for more the further it is from the others of its channel: ``x sigmoid(e)`` with the inverse of its
+    least energy, ``e = (x - mu)^2 / (4 (var + lambda)) + 0.5``. ``mu`` and ``var`` are of the clip's channel over all
+    tokens that are given; the variance has N - 1 below the line, as in the authors' code. In float32 or wider.
+
+    Args:
+        x: ``(B, N, D)``; a single token, which has no variance, is multiplied by ``sigmoid(0.5)``.
+        energy_lambda: added to the variance; 1e-4 as in the paper.
+
+    Returns:
+        ``(B, N, D)``, of the type of ``x``.
+    """
+    value = x.to(torch.promote_types(x.dtype, torch.float32))
+    squared = (value - value.mean(dim=1, keepdim=True)).square()
+    variance = squared.sum(dim=1, keepdim=True) / max(x.shape[1] - 1, 1)
+    return (value * torch.sigmoid(squared / (4 * (variance + energy_lambda)) + 0.5)).to(x.dtype)
+
+
+class SimAM(nn.Module):
+    """:func:`simam` as a module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return simam(x)
 
 
 class MAE(nn.Module):
@@ -106,6 +137,7 @@ class ACM(nn.Module):
         grid_size: patches along time and along frequency.
         drop_path: stochastic depth rate of the last block.
         activation_checkpointing: recompute each block in the backward pass.
+        attention: of the AFT's blocks, one of :data:`ATTENTIONS`; the MAE module, which a teacher lacks, has it plain.
     """
 
     def __init__(
@@ -116,15 +148,19 @@ class ACM(nn.Module):
         *,
         drop_path: float = 0.0,
         activation_checkpointing: bool = False,
+        attention: str = "plain",
     ):
         super().__init__()
         dim = size.embed_dim
-        self.size, self.num_classes, self.grid_size = size, num_classes, grid_size
+        self.size, self.num_classes, self.grid_size, self.attention = size, num_classes, grid_size, attention
         self.embed_dim = dim
         self.activation_checkpointing = activation_checkpointing
         self.patch_embed = nn.Linear(PATCH * PATCH, dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid_size[0] * grid_size[1], dim))
         self.blocks = _blocks(dim, size.depth, size.num_heads, drop_path)
+        if attention == "simam":
+            for block in self.blocks:
+                block.ls1 = SimAM()  # timm's LayerScale, ours unused: after attention's projection, before the residual
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.mae = MAE(dim, size.mae_dim, size.mae_depth, size.mae_heads)
         self.decoder = nn.Sequential(
@@ -205,6 +241,7 @@ def build_model(
     seconds: float = 10.0,
     drop_path: float = 0.0,
     activation_checkpointing: bool = False,
+    attention: str = "plain",
     seed: int = 0,
 ) -> ACM:
     """Build a model with fresh weights drawn from ``seed``; the global random state is left as it was.
@@ -213,12 +250,15 @@ def build_model(
         size: a key of :data:`SIZES`; ``"base"`` is the paper's 92 M.
         num_classes: outputs of the class head, 0 for none.
         seconds: length of the input clips, which sets the position grid.
+        attention: of the AFT's blocks, one of :data:`ATTENTIONS`.
 
     Raises:
-        UsageError: unknown ``size``.
+        UsageError: unknown ``size`` or ``attention``.
     """
     if size not in SIZES:
         raise UsageError(f"model size {size!r} is not one of {', '.join(SIZES)}")
+    if attention not in ATTENTIONS:
+        raise UsageError(f"model attention {attention!r} is not one of {', '.join(ATTENTIONS)}")
     grid_size = (num_input_frames(seconds) // PATCH, NUM_MEL_BINS // PATCH)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -228,4 +268,5 @@ def build_model(
             grid_size,
             drop_path=drop_path,
             activation_checkpointing=activation_checkpointing,
+            attention=attention,
         )

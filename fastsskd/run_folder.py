@@ -20,6 +20,7 @@ from fastsskd.config import Config, to_toml
 from fastsskd.engine import Log, StagePlan
 from fastsskd.errors import InputError
 from fastsskd.progress import ProgressLine
+from fastsskd.start_report import StartReport
 from fastsskd.weights import MODEL_FILE
 
 RESULT, PROGRESS, METRICS, BAD_STEPS = "result.json", "progress.json", "metrics.jsonl", "bad_steps.jsonl"
@@ -106,6 +107,13 @@ class RunFolder:
             self.line.say(text)
         elif self.is_writer:
             print(text, file=sys.stderr, flush=True)
+
+    def note_start(self, stage: str, source: str | Path, report: StartReport) -> None:
+        """Say which weights a stage begins with, and write what became of each."""
+        for line in (f"{stage}: starts from {source}", *report.lines()):
+            self.say(line)
+        if self.is_writer:
+            durable.write_text(self.path / f"start-{stage}.tsv", report.table())
 
     def begin_stage(self, stage: str, step: int) -> None:
         """Forget what was logged of ``stage`` after ``step``, by a run that was killed after its last checkpoint."""

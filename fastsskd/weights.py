@@ -11,14 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fastsskd import __version__
 from fastsskd.errors import InputError
-from fastsskd.model import ACM, SIZES, build_model
+from fastsskd.model import ACM, ATTENTIONS, SIZES, build_model
 
 MODEL_FILE = "model.safetensors"
 
@@ -34,6 +33,7 @@ class ModelInfo:
         seconds: clip length the model was trained on.
         mean, std: normalisation of its input.
         sample_rate: Hz of the waveforms its features come from.
+        attention: of its blocks, one of ``fastsskd.model.ATTENTIONS``.
     """
 
     size: str
@@ -43,6 +43,7 @@ class ModelInfo:
     mean: float
     std: float
     sample_rate: int = 16000
+    attention: str = "plain"
 
 
 def model_file(path: str | Path) -> Path:
@@ -79,12 +80,17 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[AC
     """
     file = model_file(path)
     state, info = read_model_file(file)
-    model = build_model(info.size, len(info.classes), seconds=info.seconds)
+    model = fresh_model(info)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise InputError(f"checkpoint {file}: does not fit its own description ({_first_line(error)})") from None
     return model.to(device).eval(), info
+
+
+def fresh_model(info: ModelInfo) -> ACM:
+    """A model as ``info`` describes it, with fresh weights."""
+    return build_model(info.size, len(info.classes), seconds=info.seconds, attention=info.attention)
 
 
 def is_model_file(path: str | Path) -> bool:
@@ -110,14 +116,16 @@ def read_model_file(file: Path) -> tuple[dict[str, Tensor], ModelInfo]:
 
 
 def _read_info(file: Path, text: str) -> ModelInfo:
-    """The description in a model file's header; never more or less than the fields of :class:`ModelInfo`."""
+    """The description in a model file's header: the fields of :class:`ModelInfo`, all but what older files lack."""
     number = (int, float)
     kinds = {"size": str, "classes": list, "multi_label": bool, "seconds": number, "mean": number, "std": number}
-    kinds |= {"sample_rate": int, "version": str}
+    kinds |= {"sample_rate": int, "version": str, "attention": str}
     try:
         about = json.loads(text)
     except ValueError:
         about = None
+    if isinstance(about, dict):
+        about.setdefault("attention", "plain")
     known = isinstance(about, dict) and set(about) == set(kinds)
     if not known or not all(isinstance(about[name], kind) for name, kind in kinds.items()):
         raise InputError(
@@ -125,58 +133,10 @@ def _read_info(file: Path, text: str) -> ModelInfo:
         )
     if about["size"] not in SIZES:
         raise InputError(f"checkpoint {file}: model size {about['size']!r} is not known to this version")
+    if about["attention"] not in ATTENTIONS:
+        raise InputError(f"checkpoint {file}: attention {about['attention']!r} is not known to this version")
     del about["version"]
     return ModelInfo(**{**about, "classes": tuple(about["classes"])})
-
-
-def initialise_from(model: ACM, path: str | Path, classes: tuple[str, ...] | None = None) -> dict[str, list[str]]:
-    """Load starting weights into ``model`` from a model file, whatever its clip length and classes.
-
-    The position grid is interpolated when the clip length differs; the class head is left fresh when the file's classes
-    are not ``classes`` (None: when their number differs).
-
-    Returns:
-        The keys by what happened to them: ``loaded``, ``resized``, ``ignored`` (in the file only, or of another
-        class head) and ``missing`` (fresh in the model).
-
-    Raises:
-        InputError: no such file, or a model of another width or depth.
-    """
-    file = model_file(path)
-    state, info = read_model_file(file)
-    own = model.state_dict()
-    report: dict[str, list[str]] = {"loaded": [], "resized": [], "ignored": [], "missing": []}
-    take = {}
-    other_classes = classes is not None and tuple(classes) != tuple(info.classes)
-    for name, value in state.items():
-        if name.startswith("head.") and other_classes:
-            report["ignored"].append(name)
-        elif name == "pos_embed" and own[name].shape != value.shape and own[name].shape[2] == value.shape[2]:
-            take[name] = resize_positions(value, model.grid_size)
-            report["resized"].append(name)
-        elif name in own and own[name].shape == value.shape:
-            take[name] = value
-            report["loaded"].append(name)
-        elif name.startswith("head."):
-            report["ignored"].append(name)
-        else:
-            raise InputError(
-                f"checkpoint {file}: a model of size {info.size!r} does not fit this one ({name}); change model.size"
-            )
-    report["missing"] = [name for name in own if name not in take]
-    unexpected = [name for name in report["missing"] if not name.startswith("head.")]
-    if unexpected:
-        raise InputError(f"checkpoint {file}: lacks {unexpected[0]}; is it of size {info.size!r}, not this model's?")
-    model.load_state_dict({**own, **take})
-    return report
-
-
-def resize_positions(pos_embed: Tensor, grid_size: tuple[int, int], mel_patches: int = 8) -> Tensor:
-    """``(1, N, D)`` positions of a ``(N / mel_patches, mel_patches)`` grid -> ``grid_size``, bilinear along time."""
-    dim = pos_embed.shape[2]
-    grid = pos_embed.reshape(1, -1, mel_patches, dim).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=grid_size, mode="bilinear", align_corners=False)
-    return grid.permute(0, 2, 3, 1).reshape(1, -1, dim)
 
 
 def _first_line(error: Exception) -> str:

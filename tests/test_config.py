@@ -139,9 +139,10 @@ def test_a_word_that_is_no_choice_is_refused(section, field):
 
 
 def test_the_sizes_are_the_model_s():
-    from fastsskd.model import SIZES
+    from fastsskd.model import ATTENTIONS, SIZES
 
     assert BY_NAME["model.size"].metadata["choices"] == tuple(SIZES)
+    assert BY_NAME["model.attention"].metadata["choices"] == ATTENTIONS
 
 
 @pytest.mark.parametrize(

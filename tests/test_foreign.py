@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fastsskd.errors import InputError
-from fastsskd.foreign import checkpoint_file, load_checkpoint, recognise, weights_in
+from fastsskd.foreign import beside_weights, checkpoint_file, load_checkpoint, recognise, weights_in
 
 WEIGHTS = {"a.weight": torch.arange(600.0).reshape(20, 30), "a.bias": torch.ones(20, dtype=torch.float16)}
 
@@ -74,6 +74,22 @@ def test_a_folder_stands_for_its_file_of_weights(tmp_path):
     assert checkpoint_file(tmp_path) == tmp_path / "model.safetensors"
 
 
+def test_numpy_s_arrays_come_back_by_name(tmp_path):
+    arrays = {"block/kernel": np.arange(6.0, dtype=np.float32).reshape(2, 3), "block/bias": np.ones(3, np.float16)}
+    for save_arrays in (np.savez, np.savez_compressed):
+        save_arrays(tmp_path / "w.npz", **arrays)
+        read = load_checkpoint(tmp_path / "w.npz")
+        assert list(read) == list(arrays)
+        for name, value in arrays.items():
+            assert read[name].numpy().dtype == value.dtype and np.array_equal(read[name].numpy(), value)
+    assert checkpoint_file(tmp_path) == tmp_path / "w.npz"
+
+
+def test_what_a_trainer_puts_beside_the_weights_is_named():
+    assert beside_weights({"epoch": 1, "model": {"state_dict": WEIGHTS, "step": 2}}) == ["epoch", "step"]
+    assert beside_weights({**WEIGHTS, "note": "mine"}) == ["note"]
+
+
 # -------------------------------------------------------------------------------------------------------- wrong files
 
 
@@ -127,11 +143,14 @@ def test_archives_that_are_no_checkpoint(tmp_path):
     assert "a TorchScript program" in refusal(tmp_path / "c.pth")
 
 
-@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors", "npz"])
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.9, 0.999])
 def test_cut_off_downloads(tmp_path, kind, share):
     path = tmp_path / "w.pth"
-    if kind == "safetensors":
+    if kind == "npz":
+        with open(path, "wb") as file:
+            np.savez(file, **{name: value.numpy() for name, value in WEIGHTS.items()})
+    elif kind == "safetensors":
         save_file(WEIGHTS, path)
     else:
         save(path, WEIGHTS, legacy=kind == "legacy")
@@ -160,6 +179,28 @@ def test_bytes_overwritten_in_the_description_are_one_line(tmp_path, legacy):
             assert "\n" not in str(error) and str(path) in str(error)
             refused += 1
     assert refused > 20
+
+
+def test_bytes_overwritten_in_numpy_s_arrays_are_one_line(tmp_path):
+    """The archive has a checksum of each array, so there is no damage that still makes sense."""
+    path = tmp_path / "w.npz"
+    np.savez(path, a=np.arange(40.0), b=np.ones(3))
+    content = path.read_bytes()
+    for place in range(60, 500, 5):  # of the first array and what NumPy says of it
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0xA5]) + content[place + 1 :])
+        assert "download or copy it again" in refusal(path)
+
+
+def test_numpy_s_arrays_of_other_things_are_refused(tmp_path):
+    np.savez(tmp_path / "objects.npz", a=np.array([Runs(tmp_path / "harm")], dtype=object))
+    assert "a holds Python objects, which would run code and are refused" in refusal(tmp_path / "objects.npz")
+    assert not (tmp_path / "harm").exists()
+    np.savez(tmp_path / "text.npz", a=np.array(["word"]))
+    assert "a holds <U4, not numbers" in refusal(tmp_path / "text.npz")
+    np.savez(tmp_path / "order.npz", a=np.ones(3, ">f4"))
+    assert "a holds >f4, not numbers that can be weights" in refusal(tmp_path / "order.npz")
+    np.savez(tmp_path / "bfloat16.npz", a=np.ones(3, np.int16).view("V2"))
+    assert "a holds |V2, not numbers that can be weights" in refusal(tmp_path / "bfloat16.npz")
 
 
 class Runs:
@@ -200,6 +241,8 @@ def test_models_are_recognised_by_the_names_of_their_weights(make_model):
     sound = {**picture, "patch_embed.proj.weight": torch.zeros(192, 1, 16, 16)}
     assert recognise(sound) == ("audiomae", "AudioMAE")
     assert recognise({f"v.{name}": value for name, value in picture.items()})[0] == "ast"
+    google = {"embedding/kernel": torch.zeros(1), "Transformer/encoderblock_0/LayerNorm_0/bias": torch.zeros(1)}
+    assert recognise(google) == ("", "a ViT for pictures, Google's .npz")
     assert recognise({}) == ("", "a file without weights")
     assert recognise(WEIGHTS) == ("", "an unknown model, with 2 tensors such as 'a.weight'")
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fastsskd.config import LossConfig, MaskConfig
 from fastsskd.errors import UsageError
-from fastsskd.model import SIZES, build_model
+from fastsskd.model import SIZES, SimAM, build_model, simam
 from fastsskd.patches import num_input_frames, patchify, unpatchify
 from fastsskd.pretrain import Pretrain
 
@@ -100,8 +100,8 @@ def test_weights_come_from_the_seed_and_leave_the_global_random_state_alone(make
 # ---------------------------------------------------------------------------------------------------------------- AFT
 
 
-def textbook_block(block, x: torch.Tensor, heads: int) -> torch.Tensor:
-    """A pre-norm ViT block, in float64."""
+def textbook_block(block, x: torch.Tensor, heads: int, attended=lambda x: x) -> torch.Tensor:
+    """A pre-norm ViT block, in float64; ``attended`` changes attention's output."""
 
     def linear(layer, value):
         return value @ layer.weight.double().T + layer.bias.double()
@@ -114,7 +114,7 @@ def textbook_block(block, x: torch.Tensor, heads: int) -> torch.Tensor:
     b, n, d = x.shape
     q, k, v = linear(block.attn.qkv, norm(block.norm1, x)).reshape(b, n, 3, heads, d // heads).permute(2, 0, 3, 1, 4)
     attention = (q @ k.transpose(2, 3) / math.sqrt(d // heads)).softmax(-1)
-    x = x + linear(block.attn.proj, (attention @ v).transpose(1, 2).reshape(b, n, d))
+    x = x + attended(linear(block.attn.proj, (attention @ v).transpose(1, 2).reshape(b, n, d)))
     hidden = linear(block.mlp.fc1, norm(block.norm2, x))
     hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
     return x + linear(block.mlp.fc2, hidden)
@@ -169,6 +169,79 @@ def test_the_decoder_gives_each_token_s_pixels(make_model, patches):
         (128, 64), (64, 128), (256, 64),
     ]  # fmt: skip
     torch.testing.assert_close(model.decode(features[:, 5:6]), pixels[:, 5:6])
+
+
+# -------------------------------------------------------------------------------------------------------------- SimAM
+
+
+def slow_simam(x: torch.Tensor) -> torch.Tensor:
+    """Each neuron by itself, from the energy as the paper has it: the least over a linear transform of its channel.
+
+    ``e* = 4 (var + lambda) / ((x - mu)^2 + 2 var + 2 lambda)``, and the neuron is weighted by ``sigmoid(1 / e*)``.
+    """
+    out = np.empty(x.shape)
+    for clip, channel in np.ndindex(x.shape[0], x.shape[2]):
+        values = [float(value) for value in x[clip, :, channel]]
+        mu = sum(values) / len(values)
+        var = sum((value - mu) ** 2 for value in values) / max(len(values) - 1, 1)
+        for n, value in enumerate(values):
+            energy = 4 * (var + 1e-4) / ((value - mu) ** 2 + 2 * var + 2e-4)
+            out[clip, n, channel] = value / (1 + math.exp(-1 / energy))
+    return torch.from_numpy(out)
+
+
+@given(tokens=st.integers(1, 20), scale=st.sampled_from([0.0, 1e-3, 1.0, 100.0]), offset=st.sampled_from([0.0, 3.0]))
+def test_simam_is_the_papers_energy_of_each_neuron(tokens, scale, offset):
+    x = scale * torch.from_numpy(np.random.default_rng(tokens).standard_normal((2, tokens, 3))) + offset
+    torch.testing.assert_close(simam(x), slow_simam(x), rtol=1e-9, atol=1e-12)
+
+
+def test_simam_in_16_bits_is_computed_in_32(no_waiting):
+    x = 300 * torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(0))  # its squares are beyond float16
+    for kind in (torch.float16, torch.bfloat16):
+        low = x.to(kind)
+        with no_waiting():
+            out = simam(low)
+        assert out.dtype == kind
+        torch.testing.assert_close(out.double(), slow_simam(low), rtol=0.01, atol=0.01)
+
+
+def test_simam_sees_a_clip_s_tokens_and_no_other_clip(patches):
+    alone = torch.cat([simam(clip[None]) for clip in patches])
+    torch.testing.assert_close(simam(patches), alone, rtol=0, atol=0)
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(simam(patches[:, order]), simam(patches)[:, order])
+
+
+def test_simam_stands_between_attention_s_projection_and_the_residual(make_model, patches):
+    model = make_model(attention="simam").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+        x = patches.double() @ model.patch_embed.weight.double().T + model.patch_embed.bias.double()
+        x = x + model.pos_embed.double()
+        for block in model.blocks:
+            x = textbook_block(block, x, 2, slow_simam)
+        expected = torch.nn.functional.layer_norm(x, (64,), model.norm.weight.double(), model.norm.bias.double(), 1e-6)
+        torch.testing.assert_close(model.features(patches).double(), expected, rtol=1e-4, atol=1e-4)
+    assert not any(isinstance(part, SimAM) for part in model.mae.modules())
+
+
+def test_simam_adds_no_weight_and_draws_no_number(make_model):
+    plain, weighted = make_model(), make_model(attention="simam")
+    assert list(plain.state_dict()) == list(weighted.state_dict())
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, weighted.state_dict()[name])
+
+
+def test_simam_s_gradient_is_the_slope():
+    x = torch.randn(1, 5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert torch.autograd.gradcheck(simam, (x,))
+
+
+def test_an_unknown_attention_is_a_usage_error():
+    with pytest.raises(UsageError, match="'flash' is not one of plain, simam"):
+        build_model("nano", 2, attention="flash")
 
 
 # --------------------------------------------------------------------------------------------------------- MAE module

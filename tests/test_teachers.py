@@ -41,6 +41,18 @@ def test_our_own_model_teaches_with_its_own_normalisation(saved, make_batch):
     torch.testing.assert_close(features, clip.detach(), rtol=1e-3, atol=1e-4)
 
 
+def test_a_model_with_simam_teaches_as_it_was_trained(tmp_path, make_model, make_batch):
+    """The SPFA teacher: its file says how it attends."""
+    model, batch = make_model(attention="simam", seed=3), make_batch(waveform=True)
+    info = dataclasses.replace(INFO, attention="simam")
+    for name, about in (("spfa", info), ("plain", INFO)):
+        save_model(tmp_path / name / "model.safetensors", model.state_dict(), about)
+    spfa, plain = (load_teacher(tmp_path / name) for name in ("spfa", "plain"))
+    fbank, _ = kernels.features(batch.waveform, num_frames=96, mean=INFO.mean, std=INFO.std)
+    torch.testing.assert_close(spfa(batch.waveform)[0], model.eval()(fbank)[0].detach(), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(spfa(batch.waveform)[0], plain(batch.waveform)[0], atol=1e-3)
+
+
 def test_a_teacher_is_frozen_and_stays_in_evaluation_mode(saved, make_batch):
     teacher = load_teacher(saved[1])
     teacher.train()

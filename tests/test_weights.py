@@ -1,10 +1,10 @@
 """Model files: what is saved is loaded bit for bit, and what is not ours or not whole is refused in one line."""
 
+import dataclasses
 import json
 import os
 import pickle
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,19 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fastsskd.errors import InputError
-from fastsskd.model import build_model
-from fastsskd.weights import (
-    ModelInfo,
-    initialise_from,
-    load_model,
-    model_file,
-    read_model_file,
-    resize_positions,
-    save_model,
-)
+from fastsskd.starting import initialise
+from fastsskd.weights import ModelInfo, load_model, model_file, read_model_file, save_model
 
 CLASSES = ("bell", "cat", "dog", "räin")
 INFO = ModelInfo("nano", CLASSES, False, 0.96, -4.0, 4.5)
+ABOUT = {
+    "size": "nano", "classes": ["a"], "multi_label": False, "seconds": 1.0, "mean": 0.0, "std": 1.0,
+    "sample_rate": 16000, "version": "0.1.0",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -106,6 +102,24 @@ def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
     assert path.read_bytes() == before
 
 
+def test_a_file_from_before_there_was_a_choice_of_attention_has_the_plain_one(saved, tmp_path):
+    model, _ = saved
+    about = {**ABOUT, "classes": list(CLASSES), "seconds": 0.96}
+    save_file(model.state_dict(), tmp_path / "old.safetensors", {"fastsskd": json.dumps(about)})
+    loaded, info = load_model(tmp_path / "old.safetensors")
+    assert info.attention == loaded.attention == "plain"
+
+
+def test_the_attention_comes_back(tmp_path, make_model, make_batch):
+    model, fbank = make_model(attention="simam", seed=3).eval(), make_batch().fbank
+    save_model(tmp_path / "m.safetensors", model.state_dict(), dataclasses.replace(INFO, attention="simam"))
+    loaded, info = load_model(tmp_path / "m.safetensors")
+    plain = make_model(seed=3).eval()
+    with torch.no_grad():
+        assert info.attention == "simam" and torch.equal(loaded(fbank)[0], model(fbank)[0])
+        assert not torch.allclose(loaded(fbank)[0], plain(fbank)[0], atol=1e-3)
+
+
 # --------------------------------------------------------------------------------------------------- bad input, refused
 
 
@@ -151,14 +165,8 @@ def test_a_pickle_is_refused_and_never_run(tmp_path, make_model, writer):
     path = tmp_path / "model.safetensors"
     writer({"weights": Trap(tmp_path / "sprung")}, path)
     assert "not a safetensors file" in refusal(load_model, path)
-    assert "not a safetensors file" in refusal(initialise_from, make_model(), path)
+    assert str(path) in refusal(initialise, make_model(), path)
     assert not (tmp_path / "sprung").exists()
-
-
-ABOUT = {
-    "size": "nano", "classes": ["a"], "multi_label": False, "seconds": 1.0, "mean": 0.0, "std": 1.0,
-    "sample_rate": 16000, "version": "0.1.0",
-}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -173,6 +181,8 @@ ABOUT = {
         {"fastsskd": json.dumps({**ABOUT, "size": ["nano"]})},
         {"fastsskd": json.dumps({**ABOUT, "from_the_future": 1})},
         {"fastsskd": json.dumps({**ABOUT, "classes": 3})},
+        {"fastsskd": json.dumps({**ABOUT, "attention": "none"})},
+        {"fastsskd": json.dumps({**ABOUT, "attention": None})},
         {"fastsskd": json.dumps({**ABOUT, "seconds": "ten"})},
         {"fastsskd": json.dumps({name: value for name, value in ABOUT.items() if name != "std"})},
     ],
@@ -180,7 +190,7 @@ ABOUT = {
 def test_a_safetensors_file_of_something_else_is_refused(tmp_path, make_model, metadata):
     path = tmp_path / "other.safetensors"
     save_file({"x": torch.zeros(1)}, path, metadata)
-    for action in ((load_model, path), (initialise_from, make_model(), path)):
+    for action in ((load_model, path), (initialise, make_model(), path)):
         assert str(path) in refusal(*action)
 
 
@@ -192,71 +202,3 @@ def test_weights_that_do_not_fit_their_description_are_refused(tmp_path, make_mo
     del state["norm.weight"]
     save_model(path, state, INFO)
     assert "norm.weight" in refusal(load_model, path)
-
-
-# ---------------------------------------------------------------------------------------------------- starting weights
-
-
-def test_the_same_shape_takes_everything(saved, make_model):
-    source, path = saved
-    model = make_model(seed=9)
-    report = initialise_from(model, path)
-    assert sorted(report["loaded"]) == sorted(source.state_dict())
-    assert report["resized"] == report["ignored"] == report["missing"] == []
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in source.state_dict().items())
-
-
-def test_other_classes_leave_the_head_fresh_and_say_so(saved, make_model):
-    source, path = saved
-    model, fresh = make_model(num_classes=7, seed=9), make_model(num_classes=7, seed=9)
-    report = initialise_from(model, path)
-    assert set(report["ignored"]) == set(report["missing"]) == {"head.1.weight", "head.1.bias"}
-    for name in ("head.1.weight", "head.1.bias"):
-        assert torch.equal(model.state_dict()[name], fresh.state_dict()[name])
-    assert torch.equal(model.patch_embed.weight, source.patch_embed.weight)
-
-
-def test_a_file_without_a_head_and_a_model_without_one(tmp_path, saved, make_model):
-    _, path = saved
-    headless = make_model(num_classes=0)
-    report = initialise_from(headless, path)
-    assert set(report["ignored"]) == {"head.0.weight", "head.0.bias", "head.1.weight", "head.1.bias"}
-    save_model(tmp_path / "h.safetensors", headless.state_dict(), ModelInfo("nano", (), False, 0.96, 0.0, 1.0))
-    assert set(initialise_from(make_model(), tmp_path / "h.safetensors")["missing"]) == set(report["ignored"])
-
-
-@pytest.mark.parametrize(("before", "after"), [(10.0, 5.0), (5.0, 10.0)])
-def test_positions_are_resized_to_another_clip_length(tmp_path, before, after):
-    source, model = (build_model("nano", 4, seconds=seconds, seed=seed) for seconds, seed in ((before, 1), (after, 2)))
-    path = tmp_path / "m.safetensors"
-    save_model(path, source.state_dict(), ModelInfo("nano", CLASSES, False, before, 0.0, 1.0))
-    report = initialise_from(model, path)
-    assert report["resized"] == ["pos_embed"] and report["missing"] == report["ignored"] == []
-    old = source.pos_embed.detach().reshape(-1, 8, 64).numpy()
-    new = model.pos_embed.detach().reshape(-1, 8, 64).numpy()
-    assert (len(old), len(new)) == ((64, 32) if before == 10.0 else (32, 64))
-    centres = (np.arange(len(new)) + 0.5) * len(old) / len(new) - 0.5  # of the new patches, on the old grid
-    for f, d in ((0, 0), (3, 17), (7, 63)):
-        expected = np.interp(centres, np.arange(len(old)), old[:, f, d])
-        np.testing.assert_allclose(new[:, f, d], expected, atol=1e-6)
-
-
-def test_positions_of_the_same_length_stay_bit_for_bit():
-    positions = torch.randn(1, 48, 8)
-    torch.testing.assert_close(resize_positions(positions, (6, 8)), positions, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("size", ["micro", "tiny"])
-@pytest.mark.parametrize("seconds", [0.96, 2.0])
-def test_another_size_is_an_error(saved, make_model, size, seconds):
-    _, path = saved
-    assert "a model of size 'nano' does not fit" in refusal(initialise_from, make_model(size, seconds=seconds), path)
-
-
-@pytest.mark.parametrize(("stored", "wanted"), [("micro", "tiny"), ("tiny", "micro")])
-def test_another_depth_of_the_same_width_is_an_error(tmp_path, make_model, stored, wanted):
-    path, model = tmp_path / "m.safetensors", make_model(wanted)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    save_model(path, make_model(stored).state_dict(), ModelInfo(stored, CLASSES, False, 0.96, 0.0, 1.0))
-    assert str(path) in refusal(initialise_from, model, path)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
