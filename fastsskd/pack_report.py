@@ -21,10 +21,12 @@ class Progress:
 
     Args:
         num_clips: of the whole job. done: of these, in shards that were finished before.
+        what: they are called.
     """
 
-    def __init__(self, num_clips: int, done: int = 0):
+    def __init__(self, num_clips: int, done: int = 0, what: str = "clips"):
         self._num_clips, self._done_before, self._done, self._rejected, self._bytes = num_clips, done, done, 0, 0
+        self._what = what
         self._begin = self._last = time.monotonic()
         self._terminal = sys.stderr.isatty()
         self._open_line = False
@@ -41,7 +43,7 @@ class Progress:
         rate = (self._done - self._done_before) / (now - self._begin)
         left = datetime.timedelta(seconds=round((self._num_clips - self._done) / rate))
         line = (
-            f"{self._done}/{self._num_clips} clips, {rate:.1f} clips/s, {self._bytes / 1e6:.0f} MB, "
+            f"{self._done}/{self._num_clips} {self._what}, {rate:.1f} {self._what}/s, {self._bytes / 1e6:.0f} MB, "
             f"{self._rejected} rejected, {left} left"
         )
         print(("\r" if self._terminal else "") + line, end="" if self._terminal else "\n", file=sys.stderr, flush=True)

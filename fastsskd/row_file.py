@@ -24,6 +24,7 @@ class RowFile:
     Attributes:
         shape: of the table; its last dimension is a row, the others count rows.
         dtype: of its numbers.
+        row_bytes: of one row.
 
     Raises:
         InputError: absent, not such a file, or cut short.
@@ -40,7 +41,7 @@ class RowFile:
             raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
         except ValueError:
             raise InputError(f"{path}: not a table that we wrote, or damaged") from None
-        self._row_bytes = self.shape[-1] * self.dtype.itemsize
+        self.row_bytes = self.shape[-1] * self.dtype.itemsize
         whole = self._start + int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
         if there < whole or in_columns:
             raise InputError(f"{path}: cut short, {there:,} bytes of {whole:,}")
@@ -67,10 +68,10 @@ class RowFile:
         values = np.empty((len(rows), self.shape[-1]), self.dtype)
         for place, row in enumerate(rows.tolist()):
             try:
-                count = os.preadv(self._file.fileno(), [values[place]], self._start + row * self._row_bytes)
+                count = os.preadv(self._file.fileno(), [values[place]], self._start + row * self.row_bytes)
             except OSError as error:
                 raise InputError(f"{self.path}: cannot be read ({error.strerror or error})") from None
-            if count < self._row_bytes:
+            if count < self.row_bytes:
                 raise InputError(f"{self.path}: ends before row {row}; it was cut while in use")
         return values
 
@@ -88,7 +89,7 @@ class RowFile:
         values = np.ascontiguousarray(values, self.dtype)
         for run in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows) != 1) + 1):
             if len(run):
-                self._write_all(values[run[0] : run[-1] + 1], self._start + int(rows[run[0]]) * self._row_bytes)
+                self._write_all(values[run[0] : run[-1] + 1], self._start + int(rows[run[0]]) * self.row_bytes)
 
     def _write_all(self, values: np.ndarray, offset: int) -> None:
         left = memoryview(values).cast("B")
