@@ -1,7 +1,7 @@
 """Floating-point operations of a training step, counted from the shapes; a multiply and an add are two.
 
-Matrix products only, as everybody counts them: norms, softmax, GELU and the losses are a percent or two of the work and
-run at the memory's speed. Work that is done twice to save memory (activation checkpointing) does not count.
+Matrix products only, as everybody counts them: norms, softmax, GELU, SimAM and the losses are a percent or two of the
+work and run at the memory's speed. Work that is done twice to save memory (activation checkpointing) does not count.
 """
 
 from __future__ import annotations

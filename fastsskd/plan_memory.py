@@ -109,6 +109,11 @@ def blocks_bytes(tokens: float, dim: int, depth: int, heads: int, element: int, 
     return depth * block_bytes(tokens, dim, heads, element)
 
 
+def simam_bytes(tokens: float, dim: int, depth: int) -> float:
+    """What SimAM keeps in ``depth`` blocks: its input, distance from the mean, that squared, and the sigmoid."""
+    return tokens * dim * depth * 4 * 4.0
+
+
 def pretrain_bytes(
     size: Size,
     seconds: float,
@@ -167,13 +172,17 @@ def stage_bytes(kind: str, config: Config, element: int, num_classes: int) -> tu
     """
     size, seconds = SIZES[config.model.size], config.data.seconds
     n, again = num_tokens(seconds), config.model.activation_checkpointing
+    passes = 2 + config.loss.raw_gradient if kind == "ssl" else 1
+    simam = simam_bytes(passes * n, size.embed_dim, size.depth) if config.model.attention == "simam" else 0.0
+    simam_kept, simam_again = (0.0, simam / size.depth) if again else (simam, 0.0)
     if kind == "ssl":
         ratio = config.mask.inter_ratio
         kept = pretrain_bytes(size, seconds, element, config.loss, inter_ratio=ratio, checkpointing=again)
         views = n * PIXELS * (2 * 4.0 + 2.0)  # raw and intra in float32, the intra mask before and after its cutting
-        return kept, workspace_bytes(size, 2 * n, element, again) + views
+        return kept + simam_kept, workspace_bytes(size, 2 * n, element, again) + views + simam_again
     kept = distill_bytes(size, seconds, element, num_classes, checkpointing=again)
-    return kept, workspace_bytes(size, n, element, again) + n * PIXELS * 4.0  # the augmented spectrogram
+    spectrogram = n * PIXELS * 4.0  # the augmented one
+    return kept + simam_kept, workspace_bytes(size, n, element, again) + spectrogram + simam_again
 
 
 def batch_bytes(seconds: float, waveform: bool) -> float:

@@ -34,6 +34,18 @@ def saved(module, batch):
     return sum(storage.nbytes() for storage in kept.values())
 
 
+def make_distill(model):
+    return Distill(
+        model,
+        classes=tuple("abcd"),
+        multi_label=False,
+        distill=DistillConfig(),
+        augmentation=AugmentConfig(),
+        data=DataConfig(),
+        num_frames=94,
+    )
+
+
 LOSSES = [
     LossConfig(),
     LossConfig(raw_gradient=True),
@@ -52,17 +64,24 @@ def test_activations(make_model, make_batch, size, clips, dtype, checkpointing):
         module = Pretrain(make_model(size, **options), loss, MaskConfig()).to(dtype)
         counted = plan_memory.pretrain_bytes(SIZES[size], SECONDS, TYPES[dtype], loss, checkpointing=checkpointing)
         assert clips * counted == pytest.approx(saved(module, batch), rel=0.08)
-    module = Distill(
-        make_model(size, **options),
-        classes=tuple("abcd"),
-        multi_label=False,
-        distill=DistillConfig(),
-        augmentation=AugmentConfig(),
-        data=DataConfig(),
-        num_frames=94,
-    ).to(dtype)
+    module = make_distill(make_model(size, **options)).to(dtype)
     counted = plan_memory.distill_bytes(SIZES[size], SECONDS, TYPES[dtype], 4, checkpointing=checkpointing)
     assert clips * counted == pytest.approx(saved(module, batch), rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_with_simam(make_model, make_batch, dtype, checkpointing):
+    batch, element = make_batch(range(3)), TYPES[dtype]
+    options = {"activation_checkpointing": checkpointing, "attention": "simam"}
+    config = Config(model=ModelConfig(size="micro", **options), data=DataConfig(seconds=SECONDS))
+    modules = {
+        "ssl": Pretrain(make_model("micro", **options), config.loss, config.mask),
+        "distill": make_distill(make_model("micro", **options)),
+    }
+    for kind, module in modules.items():
+        counted, _ = plan_memory.stage_bytes(kind, config, element, 4)
+        assert 3 * counted == pytest.approx(saved(module.to(dtype), batch), rel=0.08)
 
 
 def test_the_papers_size_by_hand():

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 from training import losses
+from vit_files import google_arrays
 
 from fastsskd import manifest
+from fastsskd.weights import load_model
 
 
 @pytest.fixture(scope="session")
@@ -157,6 +159,32 @@ def test_a_corrupt_clip_is_named_at_the_end(training, tones, tmp_path):
     assert result["status"] == "complete" and len(result["skipped"]) == 1
     (key,) = result["skipped"]
     assert Path(key).stem == table.path(3).stem and key in printed
+
+
+def test_an_spfa_teacher_starts_from_a_vit_and_then_teaches(training, tones, tmp_path):
+    """Labels only, with SimAM; the file says so, and a student's run takes it as it is."""
+    np.savez(tmp_path / "vit.npz", **google_arrays())
+    labels = {"recipe__stages": '["distill"]', "distill__epochs": 1}
+    start = {"model__attention": '"simam"', "model__init": json.dumps(str(tmp_path / "vit.npz"))}
+    _, result, printed = training.run(tmp_path / "spfa", tones, **labels, **start)
+    assert result["status"] == "complete"
+    assert "a ViT for pictures, Google's .npz, 64 wide, 2 blocks, 4 x 4 positions: 27 loaded, 2 resized" in printed
+    table = [line.split("\t") for line in (tmp_path / "spfa/start-iter1-distill.tsv").read_text().splitlines()[1:]]
+    path = tmp_path / "spfa/checkpoints/iter1-distill"
+    model, info = load_model(path)
+    assert info.attention == model.attention == "simam"
+    assert {line[1] for line in table if line[0] != "ignored"} == model.state_dict().keys()
+    assert {name for line in table for name in line[2].split()} == google_arrays().keys()
+    teacher = {"distill__teacher": json.dumps(str(path))}
+    lines, result, _ = training.run(tmp_path / "student", tones, **labels, **teacher)
+    assert result["status"] == "complete" and lines[-1]["regression"] > 0
+    assert load_model(tmp_path / "student/checkpoints/iter1-distill")[1].attention == "plain"
+
+
+def test_a_start_that_cannot_be_ends_the_run_before_its_folder_is_claimed(training, tones, tmp_path):
+    _, _, printed = training.run(tmp_path / "run", tones, expect=1, model__init='"imagenet"')
+    assert "error: model.init = 'imagenet': nothing is downloaded here;" in printed and "Traceback" not in printed
+    assert not (tmp_path / "run").exists()
 
 
 def test_self_supervision_alone_needs_no_labels(training, tones, tmp_path):
