@@ -40,11 +40,11 @@ class RowFile:
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
         except ValueError:
-            raise InputError(f"{path}: not a table that we wrote, or damaged") from None
+            raise InputError(f"{path}: not a table that we wrote, or damaged; copy or make it again") from None
         self.row_bytes = self.shape[-1] * self.dtype.itemsize
         whole = self._start + int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
         if there < whole or in_columns:
-            raise InputError(f"{path}: cut short, {there:,} bytes of {whole:,}")
+            raise InputError(f"{path}: cut short, {there:,} bytes of {whole:,}; copy or make it again")
 
     @staticmethod
     def create(path: Path, shape: tuple[int, ...], dtype: type) -> None:

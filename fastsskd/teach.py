@@ -109,8 +109,10 @@ def teach(
             result = _result(folder, before, time.monotonic() - begin)
     except (KeyboardInterrupt, OSError) as error:
         reason = f"cannot be written ({error.strerror or error})" if isinstance(error, OSError) else "interrupted"
-        there = f"{(folder.done != NOT_YET).sum()} of {folder.done.size}" if folder is not None else "no"
-        raise InputError(f"{out}: {reason}: {there} crops are done; run the same command again to go on") from None
+        if folder is None:
+            raise InputError(f"{out}: {reason}; choose a folder you can write to") from None
+        there = f"{(folder.done != NOT_YET).sum()} of {folder.done.size} crops are done"
+        raise InputError(f"{out}: {reason}: {there}; run the same command again to go on") from None
     if not result["stored"]:
         (_, reason), *_ = (line.split(maxsplit=1) for line in top_reasons(read_rejected(out).values()))
         raise InputError(

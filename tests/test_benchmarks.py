@@ -156,3 +156,19 @@ def test_cpu_time_counts_children(script):
         assert sample.cpu_seconds() - before >= 0.25
         child.communicate(b"\n")
     assert sample.cpu_seconds() - before >= 0.25
+
+
+@pytest.mark.slow
+def test_quick_teach(tmp_path):
+    options = ["--quick", "--student", "nano", "--batch", "2", "--rounds", "1", "--patience", "0"]
+    command = [sys.executable, str(BENCHMARKS / "teach.py"), *options, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "teach.json").read_text())
+    assert result["command_bytes_per_million_clips"] == 1_000_000 * (2 * 64 + 2 * 21 + 2 * 20 + 1)
+    assert result["bytes_per_million_clips"]["top 20"] == result["command_bytes_per_million_clips"]
+    assert result["bytes_per_million_clips"]["all 527"] == 1_000_000 * (2 * 64 + 2 * 527 + 1)
+    assert set(result["median_s"]) == {"labels only", "stored answers", "teacher in the step"}
+    assert all(value > 0 for value in (*result["median_s"].values(), result["read_microseconds_per_clip"]))
+    assert set(result["loss_error"]) == {"teacher_label", "regression"}
+    assert "# Stored answers" in (tmp_path / "teach.md").read_text()

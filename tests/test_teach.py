@@ -554,6 +554,8 @@ def test_another_job_s_folder_is_refused(clips, model_file, stored, tmp_path):
     (tmp_path / "files/song.wav").write_bytes(b"")
     with pytest.raises(InputError, match=r"other files, such as song\.wav"):
         run(clips, tmp_path / "files", model_file)
+    with pytest.raises(InputError, match=r"cannot be written .*choose a folder you can write to"):
+        run(clips, tmp_path / "files/song.wav", model_file)
     descriptor = os.open(out, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     with pytest.raises(InputError, match="another `fastsskd teach` is writing there"):
