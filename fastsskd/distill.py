@@ -15,6 +15,7 @@ from fastsskd.class_map import teacher_columns
 from fastsskd.config import AugmentConfig, DataConfig, DistillConfig
 from fastsskd.errors import UsageError
 from fastsskd.model import ACM
+from fastsskd.stochastic_depth import draw_depth
 from fastsskd.stored_answers import StoredAnswers
 from fastsskd.teachers import Teacher, ask
 
@@ -83,6 +84,7 @@ class Distill(nn.Module):
             fbank = mix_fbank(fbank, partner, ratio, self.data.mean, self.data.std)
             # The teacher heard the clips one by one; its answers are mixed as the labels are.
             target, scores, features = (_mix(x, partner, ratio) for x in (target, scores, features))
+        draw_depth(self.model, batch.seed)
         logits, clip = self.model(augment(fbank, batch.seed, self.augmentation, self.num_frames))
         terms = {}
         if self.distill.labels:

@@ -52,7 +52,7 @@ class StagePlan:
         total_steps, steps_per_epoch, warmup_steps: in optimizer steps.
         peak_lr, schedule: see :func:`fastsskd.schedule.learning_rate`.
         accumulation: micro-batches per optimizer step.
-        seed: of the draws inside the model (stochastic depth).
+        seed: of draws that a module makes from torch's generator; ours make none.
         log_every: optimizer steps between two calls of ``on_log``.
         max_bad_steps: steps in a row with a loss or gradient that is not finite, at which the run ends.
     """

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastsskd.errors import UsageError
 from fastsskd.patches import NUM_MEL_BINS, PATCH, num_input_frames, patchify
+from fastsskd.stochastic_depth import use_depth
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def _blocks(dim: int, depth: int, heads: int, drop_path: float = 0.0) -> nn.Modu
     """Pre-norm ViT blocks; stochastic depth grows linearly from 0 to ``drop_path``."""
     norm = partial(nn.LayerNorm, eps=1e-6)
     rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-    return nn.ModuleList(Block(dim, heads, qkv_bias=True, norm_layer=norm, drop_path=rate) for rate in rates)
+    return nn.ModuleList(use_depth(Block(dim, heads, qkv_bias=True, norm_layer=norm), rate) for rate in rates)
 
 
 def simam(x: Tensor, energy_lambda: float = 1e-4) -> Tensor:
@@ -135,7 +136,7 @@ class ACM(nn.Module):
         size: widths and depths.
         num_classes: outputs of the class head; 0 leaves the head out.
         grid_size: patches along time and along frequency.
-        drop_path: stochastic depth rate of the last block.
+        drop_path: stochastic depth rate of the last block; call ``draw_depth`` before each forward pass in training.
         activation_checkpointing: recompute each block in the backward pass.
         attention: of the AFT's blocks, one of :data:`ATTENTIONS`; the MAE module, which a teacher lacks, has it plain.
     """

@@ -17,7 +17,12 @@ from fastsskd.weights import load_model
 def finished(training, tones, tmp_path_factory):
     """A run of one rank in float32 with a teacher, two iterations: folder, metrics, result, printed text."""
     out = tmp_path_factory.mktemp("runs") / "one"
-    options = {"recipe__iterations": 2, "distill__teacher": '"supervised"', "augment__mixup": 0.5}
+    options = {
+        "recipe__iterations": 2,
+        "distill__teacher": '"supervised"',
+        "augment__mixup": 0.5,
+        "model__drop_path": 0.3,
+    }
     return out, *training.run(out, tones, pictures=True, **options)
 
 
@@ -70,7 +75,12 @@ def test_evaluate_command_gives_the_runs_own_metrics(finished, tones):
 def test_two_ranks_give_the_losses_of_one(training, finished, tones, tmp_path):
     """The contrast's negatives are those of the whole batch, whoever holds them."""
     _, lines, result, _ = finished
-    options = {"recipe__iterations": 2, "distill__teacher": '"supervised"', "augment__mixup": 0.5}
+    options = {
+        "recipe__iterations": 2,
+        "distill__teacher": '"supervised"',
+        "augment__mixup": 0.5,
+        "model__drop_path": 0.3,
+    }
     two, result_two, _ = training.run(tmp_path / "two", tones, ranks=2, **options)
     one = losses(lines)
     assert losses(two).keys() == one.keys()
