@@ -116,8 +116,8 @@ def split_batch(tree: dict[str, Any], gpus: int) -> tuple[BatchSizes, bool]:
 def sent(zero: Zero, trained: int, sizes: BatchSizes, ranks: int) -> tuple[float, float]:
     """Bytes that each rank sends in a step for gradients and for weights, around a ring.
 
-    What DeepSpeed 0.19.8 does, as tests/test_plan_memory.py counts: at stages 0 to 2 it all-reduces the gradients, where
-    a reduce-scatter would do at 1 and 2; stage 2 reduces every micro-batch, and stage 3 gathers for every one.
+    What DeepSpeed 0.19.8 does, as tests/test_plan_memory.py counts: stages 0 to 2 all-reduce the gradients, where a
+    reduce-scatter would do at 1 and 2; stage 2 reduces every micro-batch, and stage 3 gathers for every one.
     """
     whole = trained * zero.element * (ranks - 1) / ranks
     if zero.stage == 0:

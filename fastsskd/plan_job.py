@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsskd import config as configuration
-from fastsskd import ds_config, plan, plan_cost, plan_loader, weights
+from fastsskd import ds_config, plan, plan_cost, plan_loader, plan_measured, weights
 from fastsskd.config import Config
 from fastsskd.errors import InputError, UsageError
 from fastsskd.hardware import GPUS, Gpu
@@ -16,7 +16,7 @@ from fastsskd.loader import open_manifest
 from fastsskd.manifest import Manifest, split
 from fastsskd.plan import Job
 from fastsskd.plan_cost import StageWork
-from fastsskd.plan_measure import Measured
+from fastsskd.plan_measured import Measured
 from fastsskd.stages import plan_stages
 
 GPU_COUNTS = (1, 8, 64, 512, 4096)
@@ -151,15 +151,13 @@ def from_arguments(args: argparse.Namespace) -> tuple[Job, Measured | None]:
     Raises:
         InputError: a file is absent or damaged. UsageError: arguments that contradict each other.
     """
-    from fastsskd import plan_measure
-
     config, tree = configuration.load(args.config, args.set), ds_config.load(args.ds_config)
     if args.epochs:
         ssl, distill = (dataclasses.replace(part, epochs=args.epochs) for part in (config.ssl, config.distill))
         config = dataclasses.replace(config, ssl=ssl, distill=distill)
     if args.gpu == "this" and args.measured:
         raise UsageError("--gpu this and --measured: measure, or give what was measured")
-    measured = plan_measure.load(args.measured) if args.measured else None
+    measured = plan_measured.load(args.measured) if args.measured else None
     clips = count_clips(config, args.clips, args.manifest)
     if args.gpu == "this":
         measured = _measure(config, tree, clips)

@@ -62,13 +62,16 @@ def costs(on_gpu: bool, seconds: float, results: Path = RESULTS) -> dict[str, Lo
 
 
 def _from_results(results: Path) -> dict[str, tuple[float, float, str]]:
+    """What was measured; a run of the benchmark may have left out some of the sources."""
     try:
         measured = json.loads(results.read_text(encoding="utf-8"))
         about, machine = measured["data"], measured["machine"]
         sizes = {"packed": 320e3, "flac": float(about["flac_bytes"]), "ogg": float(about["ogg_bytes"])}
         origin = f"benchmarks/results/throughput.json ({machine['cpu']}, {machine['date']})"
         rows = {r["source"]: r for r in measured["rows"] if r["candidate"] == "ours" and r["workers"] == 2}
-        return {name: (float(rows[name]["cpu_s_per_1000"]) * 1e-3, sizes[name], origin) for name in SOURCES}
+        return {
+            name: (float(rows[name]["cpu_s_per_1000"]) * 1e-3, sizes[name], origin) for name in SOURCES if name in rows
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{results}: not a result of benchmarks/throughput.py ({error!r}); remove it") from None
 

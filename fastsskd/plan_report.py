@@ -14,7 +14,7 @@ from fastsskd.plan import Job, Plan, plan_at
 from fastsskd.plan_cost import ASSUMED
 from fastsskd.plan_job import PAPER_BATCH, PAPER_GPUS, PAPER_HOURS, Clips
 from fastsskd.plan_loader import SOURCES, LoaderCost
-from fastsskd.plan_measure import Measured
+from fastsskd.plan_measured import Measured
 
 PAPER_TREE = {
     "train_batch_size": PAPER_BATCH,

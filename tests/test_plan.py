@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from test_cli import fails
 
-from fastsskd import cli, config, ds_config, plan_cost, plan_job, plan_loader, plan_report
+from fastsskd import cli, config, ds_config, manifest, plan_cost, plan_job, plan_loader, plan_report
 from fastsskd.ds_config import BatchSizes
 from fastsskd.errors import InputError, UsageError
 from fastsskd.hardware import GPUS
@@ -196,15 +196,16 @@ def test_loader_costs(tmp_path):
         found["flac"].seconds == pytest.approx(2e-3) and found["flac"].bytes == 2e5 and "(C, D)" in found["ogg"].origin
     )
     file.write_text(json.dumps({**about, "rows": rows[:1]}))
+    part = plan_loader.costs(False, 10.0, file)
+    assert part["packed"] == found["packed"] and part["flac"] == cpu["flac"]
+    file.write_text(json.dumps({"rows": rows}))
     with pytest.raises(InputError, match="throughput"):
         plan_loader.costs(False, 10.0, file)
 
 
 def test_a_manifests_kind_of_file_and_its_bytes(tones):
-    from fastsskd.manifest import load
-
     known = plan_loader.costs(True, 10.0)
-    table = load(tones)
+    table = manifest.load(tones)
     assert plan_loader.cost_of(table, known) == known["packed"]  # of a WAV a crop costs the crop
 
 
@@ -294,8 +295,14 @@ def test_measured_costs_are_those_of_the_plan(capsys, tmp_path):
     assert "distill" in fails(capsys, [*QUICK, "--measured", file])
 
 
-def test_this_machine_is_measured(training, tones, tmp_path):
-    """In a process of its own: the costs it prints are those it plans with, and a larger batch takes longer."""
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_this_machine_is_measured(training, tones, tmp_path, multi_label):
+    """In a process of its own: the costs it prints are those it plans with."""
+    if multi_label:
+        table = manifest.load(tones)
+        rows = [f"{table.path(i)},{('low', 'high', 'low;high')[i % 3]}" for i in range(len(table))]
+        tones = tmp_path / "both.csv"
+        tones.write_text("\n".join(["path,label", *rows]))
     tree = tmp_path / "ds.json"
     tree.write_text(json.dumps({"train_batch_size": 16, "zero_optimization": {"stage": 1}}))
     short = ["--set", "data.seconds=0.96", "--set", "distill.teacher=previous", "--set", "recipe.iterations=2"]
@@ -309,4 +316,3 @@ def test_this_machine_is_measured(training, tones, tmp_path):
         passes = 16 * cost["clip"] + cost["micro_batch"] + cost["step"]
         assert one["stages"][kind]["compute"] == pytest.approx(passes)
     assert 0 < measured["loader_seconds"] < 1 and 0 <= measured["beside"] < 1 and measured["base"] > 1e8
-    assert measured["stages"]["ssl"]["clip"] > measured["stages"]["distill"]["clip"]
