@@ -76,8 +76,10 @@ class Distill(nn.Module):
         With a teacher the batch carries the waveforms, or the stored answers.
         """
         fbank, target = batch.fbank, self._targets(batch.label)
-        scores, features = batch.teacher_probs, batch.teacher_features
-        if self.teacher is not None and not isinstance(self.teacher, StoredAnswers):
+        scores = features = None
+        if isinstance(self.teacher, StoredAnswers):
+            scores, features = batch.teacher_probs, batch.teacher_features
+        elif self.teacher is not None:
             scores, features = self._teach(batch.waveform)
         if self.augmentation.mixup > 0 and len(batch) > 1:
             partner, ratio = mixup_partner(batch.seed, self.augmentation)

@@ -351,6 +351,13 @@ def test_with_fewer_classes_the_loss_is_that_of_the_truncated_scores(clips, mode
         assert (cut - expected).abs().max() < 5e-4
 
 
+def test_answers_in_the_batch_are_nothing_to_a_step_without_a_teacher(clips, stored):
+    answers = StoredAnswers(stored[0], clips, SECONDS)
+    (batch, *_) = Loader(clips, batch_size=4, seconds=SECONDS, train=True, crops=answers)
+    module = make_distill(build_model("nano", 4, seconds=SECONDS))
+    assert batch.teacher_features is not None and set(module(batch)[1]) == {"label"}
+
+
 def test_training_on_some_of_the_clips_in_another_order(clips, stored):
     some = np.array([20, 3, 11, 4])
     answers, all_of_them = (StoredAnswers(stored[0], table, SECONDS) for table in (clips.select(some), clips))
