@@ -1,6 +1,6 @@
 """Does `fastsskd plan` predict what training on this machine then does: clips a second of each stage, and peak memory?
 
-    python benchmarks/plan_check.py                # two sizes of model, two batches each; generated sounds; minutes
+    python benchmarks/plan_check.py                # two sizes of model, two batches each; 10 minutes a round
 
 For every case: `fastsskd plan --gpu this` times a few steps in micro-batches of a quarter and a half of the case's, and
 predicts; then `deepspeed launch/train.py` trains Multi-SSL, labels and distillation, as users run it. Speed is the

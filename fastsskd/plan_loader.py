@@ -33,8 +33,9 @@ class LoaderCost:
     origin: str
 
 
-# CPU ms of a 10 s clip until its features are there, and kB. A file of benchmarks/throughput.py's results goes before.
-_BUILT_IN = {"packed": (0.72, 320.0), "flac": (2.3, 190.0), "ogg": (8.0, 103.0)}
+# CPU ms of a 10 s clip until its features are there, and until it is decoded; kB. Results of benchmarks/throughput.py
+# go before.
+_BUILT_IN = {"packed": (0.86, 0.26, 320.0), "flac": (2.08, 1.2, 193.0), "ogg": (9.42, 6.34, 103.0)}
 _ORIGIN = "benchmarks/throughput.py on two cores of an AMD EPYC"
 _FEATURES = 0.6e-3  # seconds of a core for fbank and HOG of 10 s, benchmarks/results/kernels.md
 _LEAST = 0.05e-3  # seconds of a core for anything at all
@@ -50,28 +51,35 @@ def costs(on_gpu: bool, seconds: float, results: Path = RESULTS) -> dict[str, Lo
     Raises:
         InputError: the file of results is not one.
     """
-    found = {name: (ms * 1e-3, kilobytes * 1e3, _ORIGIN) for name, (ms, kilobytes) in _BUILT_IN.items()}
+    found = {name: (ms * 1e-3, decoded * 1e-3, kb * 1e3, _ORIGIN) for name, (ms, decoded, kb) in _BUILT_IN.items()}
     if results.is_file():
         found |= _from_results(results)
     length, made = seconds / 10.0, {}
-    for name, (whole, read, origin) in found.items():
+    for name, (whole, decoded, read, origin) in found.items():
         share = length if name == "packed" else 1.0
-        decoding = max(whole - _FEATURES, _LEAST) * share
-        made[name] = LoaderCost(name, decoding + (0.0 if on_gpu else _FEATURES * length), read * share, origin)
+        features = 0.0 if on_gpu else (whole - decoded) * length
+        made[name] = LoaderCost(name, decoded * share + features, read * share, origin)
     return made
 
 
-def _from_results(results: Path) -> dict[str, tuple[float, float, str]]:
+def _from_results(results: Path) -> dict[str, tuple[float, float, float, str]]:
     """What was measured; a run of the benchmark may have left out some of the sources."""
     try:
         measured = json.loads(results.read_text(encoding="utf-8"))
         about, machine = measured["data"], measured["machine"]
         sizes = {"packed": 320e3, "flac": float(about["flac_bytes"]), "ogg": float(about["ogg_bytes"])}
         origin = f"benchmarks/results/throughput.json ({machine['cpu']}, {machine['date']})"
-        rows = {r["source"]: r for r in measured["rows"] if r["candidate"] == "ours" and r["workers"] == 2}
-        return {
-            name: (float(rows[name]["cpu_s_per_1000"]) * 1e-3, sizes[name], origin) for name in SOURCES if name in rows
+        rows = {
+            (r["candidate"], r["source"]): float(r["cpu_s_per_1000"]) * 1e-3
+            for r in measured["rows"]
+            if r["workers"] == 2
         }
+        found = {}
+        for name in SOURCES:
+            if whole := rows.get(("ours", name)):
+                decoded = rows.get(("decode_ours", name), whole - _FEATURES)  # shards have nothing to decode
+                found[name] = (whole, min(max(decoded, _LEAST), whole), sizes[name], origin)
+        return found
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{results}: not a result of benchmarks/throughput.py ({error!r}); remove it") from None
 

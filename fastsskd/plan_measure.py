@@ -35,8 +35,8 @@ from fastsskd.teachers.ensemble import Ensemble
 from fastsskd.teachers.ours import OwnTeacher
 from fastsskd.weights import ModelInfo
 
-ROUNDS, SECONDS = 5, 4.0
-"""Each stage is timed for as many rounds and as long as that, whichever is more."""
+ROUNDS, SECONDS = 5, 3.0
+"""Each thing is timed for as many rounds and as long as that, whichever is more."""
 _LARGEST = 64  # clips of a measured micro-batch
 _SLOW = 4  # the same without a GPU, for models of more than _BIG parameters
 _BIG = 10_000_000
@@ -120,14 +120,16 @@ def _stage_cost(
 ) -> tuple[StageCost, float]:
     """A line through the medians at two sizes of the micro-batch, and the optimizer's step; the spread of the times."""
     engine = _engine(setting, kind, teachers, sizes[1])
-    batches = [_make_batch(setting, size) for size in sizes]
     forward: list[list[float]] = [[], []]
     steps = []
-    for round_ in _rounds():
-        for place, batch in enumerate(batches):
+    for times, size in zip(
+        forward, sizes, strict=True
+    ):  # one size after the other: memory is then used again, as in a run
+        batch = _make_batch(setting, size)
+        for round_ in _rounds():
             passes, step = _timed_step(engine, batch)
             if round_:  # the first one allocates
-                forward[place].append(passes)
+                times.append(passes)
                 steps.append(step)
     small, large = (statistics.median(times) for times in forward)
     clip = max(large - small, 0.0) / (sizes[1] - sizes[0])

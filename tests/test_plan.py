@@ -195,6 +195,10 @@ def test_loader_costs(tmp_path):
     assert (
         found["flac"].seconds == pytest.approx(2e-3) and found["flac"].bytes == 2e5 and "(C, D)" in found["ogg"].origin
     )
+    decoding = {"candidate": "decode_ours", "source": "flac", "workers": 2, "cpu_s_per_1000": 1.1}
+    file.write_text(json.dumps({**about, "rows": [*rows, decoding]}))
+    decoded = plan_loader.costs(True, 10.0, file)
+    assert decoded["flac"].seconds == pytest.approx(1.1e-3) and decoded["packed"].seconds == pytest.approx(0.1e-3)
     file.write_text(json.dumps({**about, "rows": rows[:1]}))
     part = plan_loader.costs(False, 10.0, file)
     assert part["packed"] == found["packed"] and part["flac"] == cpu["flac"]
