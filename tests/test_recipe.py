@@ -17,12 +17,7 @@ from fastsskd.weights import load_model
 def finished(training, tones, tmp_path_factory):
     """A run of one rank in float32 with a teacher, two iterations: folder, metrics, result, printed text."""
     out = tmp_path_factory.mktemp("runs") / "one"
-    options = {
-        "recipe__iterations": 2,
-        "distill__teacher": '"supervised"',
-        "augment__mixup": 0.5,
-        "model__drop_path": 0.3,
-    }
+    options = {"recipe__iterations": 2, "distill__teacher": '"supervised"', "augment__mixup": 0.5}
     return out, *training.run(out, tones, pictures=True, **options)
 
 
@@ -75,12 +70,7 @@ def test_evaluate_command_gives_the_runs_own_metrics(finished, tones):
 def test_two_ranks_give_the_losses_of_one(training, finished, tones, tmp_path):
     """The contrast's negatives are those of the whole batch, whoever holds them."""
     _, lines, result, _ = finished
-    options = {
-        "recipe__iterations": 2,
-        "distill__teacher": '"supervised"',
-        "augment__mixup": 0.5,
-        "model__drop_path": 0.3,
-    }
+    options = {"recipe__iterations": 2, "distill__teacher": '"supervised"', "augment__mixup": 0.5}
     two, result_two, _ = training.run(tmp_path / "two", tones, ranks=2, **options)
     one = losses(lines)
     assert losses(two).keys() == one.keys()
@@ -90,6 +80,15 @@ def test_two_ranks_give_the_losses_of_one(training, finished, tones, tmp_path):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
     assert result_two["metrics"]["num_clips"] == result["metrics"]["num_clips"] == 8
     assert result_two["metrics"]["mAP"] == pytest.approx(result["metrics"]["mAP"], abs=1e-6)
+
+
+def test_stochastic_depth_leaves_out_the_same_blocks_on_two_ranks(training, tones, tmp_path):
+    options = {"recipe__stages": '["distill"]', "distill__epochs": 3, "model__drop_path": 0.4}
+    one, two = (losses(training.run(tmp_path / str(n), tones, ranks=n, **options)[0]) for n in (1, 2))
+    without = losses(training.run(tmp_path / "without", tones, **{**options, "model__drop_path": 0.0})[0])
+    assert one.keys() == two.keys() == without.keys()
+    assert all(loss == pytest.approx(one[step], abs=2e-5) for step, loss in two.items())
+    assert any(abs(loss - one[step]) > 1e-3 for step, loss in without.items())
 
 
 @pytest.fixture(scope="session")
