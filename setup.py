@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     package_dir={"fastsskd": "fastsskd", "fastsskd_kernels": "kernels"},
-    packages=["fastsskd", "fastsskd.teachers", "fastsskd_kernels"],
+    packages=["fastsskd", "fastsskd.commands", "fastsskd.teachers", "fastsskd_kernels"],
     install_requires=[
         "torch>=2.11,<2.12",
         "torchaudio>=2.11,<2.12",

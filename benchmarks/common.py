@@ -1,6 +1,8 @@
-"""What the benchmarks share: waiting for an idle machine, saying which machine it was, requirements met or missed."""
+"""What the benchmarks share: waiting for an idle machine, saying which machine it was, requirements met or missed,
+results as files."""
 
 import datetime
+import json
 import os
 import platform
 import time
@@ -76,3 +78,10 @@ def verdict_lines(rows: list[dict]) -> list[str]:
         mark = {True: "met", False: "**missed**", None: f"cannot tell: {row.get('why')}"}[row["met"]]
         lines.append(f"| {row['what']} | {row['found']:.2f} {row['unit']} | {row['required']} {row['unit']} | {mark} |")
     return lines
+
+
+def write(out: Path, name: str, results: dict, page: str) -> None:
+    """Results as ``name.json`` and as a page, ``name.md``, in the folder ``out``."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (out / f"{name}.md").write_text(page, encoding="utf-8")

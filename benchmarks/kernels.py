@@ -21,7 +21,6 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[_name] = "1"  # before NumPy and torch start their pools
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -327,9 +326,7 @@ def main() -> None:
     results["gpu"] = kernels_gpu.measure()
     results["verdicts"] = verdicts(results)
     results["machine"]["samples_on_an_idle_machine"] = str(timer.idle)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "kernels.json").write_text(json.dumps(results, indent=1) + "\n")
-    (options.out / "kernels.md").write_text(markdown(results))
+    common.write(options.out, "kernels", results, markdown(results))
     print(markdown(results))
 
 

@@ -122,10 +122,7 @@ def write(rows: list[dict], about: dict, out: Path) -> None:
             f"| {row['size']} | {row['batch']} | {unit} | {scale * row['predicted']:.4g} | {scale * row['run']:.4g} | "
             f"{row['percent']:+.0f} % |"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    result = {"machine": about, "rows": rows, "verdicts": verdicts}
-    (out / "plan.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (out / "plan.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    common.write(out, "plan", {"machine": about, "rows": rows, "verdicts": verdicts}, "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

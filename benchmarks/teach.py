@@ -11,7 +11,6 @@ held against each other. Results go to ``benchmarks/results/teach.{json,md}``.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -195,10 +194,7 @@ def write(result: dict, out: Path) -> None:
         f"the loader's workers {result['read_microseconds_per_clip']:.0f} microseconds. The losses differ by {terms} "
         "(20 of 527 classes stored).",
     ]
-    out.mkdir(parents=True, exist_ok=True)
-    suffix = "_gpu" if GPU else ""
-    (out / f"teach{suffix}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (out / f"teach{suffix}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    common.write(out, "teach_gpu" if GPU else "teach", result, "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

@@ -325,9 +325,7 @@ def write(options: argparse.Namespace, results: dict, bench: Bench) -> None:
     results["machine"]["samples_on_an_idle_machine"] = str(bench.idle)
     results["verdicts"] = throughput_report.verdicts(results)
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "throughput.json").write_text(json.dumps(results, indent=1) + "\n")
-        (options.out / "throughput.md").write_text(throughput_report.markdown(results))
+        common.write(options.out, "throughput", results, throughput_report.markdown(results))
         throughput_report.plot(results, options.out / "throughput.png")
 
 

@@ -12,7 +12,6 @@ products measured in the same run: that is the utilisation. Results go to ``benc
 
 import argparse
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -314,10 +313,7 @@ def write(result: dict, out: Path) -> None:
         )
     waits = result["rows"]["ours"].get("host_waits_in_3_steps")
     lines += ["", f"Host waits for the device in three steps: {'not measured (no GPU)' if waits is None else waits}."]
-    out.mkdir(parents=True, exist_ok=True)
-    suffix = "_gpu" if GPU else ""
-    (out / f"train_step{suffix}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (out / f"train_step{suffix}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    common.write(out, "train_step_gpu" if GPU else "train_step", result, "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

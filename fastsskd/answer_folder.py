@@ -6,7 +6,6 @@ What is in it, ``stored_answers.py`` says, which reads it.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -74,7 +73,8 @@ class AnswerFolder:
         out.mkdir(parents=True, exist_ok=True)
         lock = os.open(out, os.O_RDONLY)
         try:
-            _lock(lock, out)
+            if not durable.lock(lock):
+                raise InputError(f"{out}: another `fastsskd teach` is writing there; wait for it")
             about = {"version": VERSION, **identity, **facts}
             if not (out / ABOUT).exists():
                 _create(out, about, clips)
@@ -142,15 +142,6 @@ def _create(out: Path, about: dict[str, Any], clips: Manifest) -> None:
         RowFile.create(out / name, (about["crops"], about["num_clips"], width), dtype)
     durable.write_text(out / ABOUT, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     durable.sync(out)
-
-
-def _lock(descriptor: int, out: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{out}: another `fastsskd teach` is writing there; wait for it") from None
-    except OSError:  # a network disk without locks
-        pass
 
 
 def _refuse_other_use(out: Path, about: dict[str, Any], identity: dict[str, Any]) -> None:

@@ -29,7 +29,6 @@ from fastsskd.errors import InputError, SharedError
 
 MANIFEST, EXTRA = "manifest.json", "extra.safetensors"
 FORMAT = 2  # 1 was DeepSpeed's own files
-_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -164,11 +163,7 @@ def restore(engine: Any, path: Path) -> dict[str, torch.Tensor]:
 
 def _hash(file: Path) -> dict[str, Any]:
     """Size and sha256 of a file."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as opened:
-        while chunk := opened.read(_CHUNK):
-            digest.update(chunk)
-    return {"size": file.stat().st_size, "sha256": digest.hexdigest()}
+    return {"size": file.stat().st_size, "sha256": durable.sha256(file)}
 
 
 def _write_manifest(folder: Path, about: dict[str, Any]) -> None:

@@ -1,7 +1,11 @@
-"""Files that are there whole or not at all, and survive a power cut."""
+"""Files that are there whole or not at all, survive a power cut, and have one writer."""
 
+import fcntl
+import hashlib
 import os
 from pathlib import Path
+
+_CHUNK = 1 << 22
 
 
 def write_text(path: Path, text: str, temporary: Path | None = None) -> None:
@@ -25,3 +29,23 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock(descriptor: int) -> bool:
+    """Claim an open file or folder for as long as it stays open; False = another process has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a network disk without locks
+        pass
+    return True
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -10,7 +10,6 @@ pack.json              options, counts, versions
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -48,12 +47,8 @@ def open_folder(out: Path, identity: dict[str, Any]) -> Iterator[None]:
         (out / WORK).mkdir(parents=True, exist_ok=True)
         lock = open(out / WORK / "lock", "w")  # noqa: SIM115
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{out}: another `fastsskd pack` is writing there: wait for it") from None
-        except OSError:  # a network disk without locks
-            pass
+        if not durable.lock(lock.fileno()):
+            raise InputError(f"{out}: another `fastsskd pack` is writing there: wait for it")
         _refuse_other_use(out, identity)
         try:
             _remove_leftovers(out)

@@ -6,7 +6,6 @@ are brought to the disk, and only then are these crops marked as done. So a job 
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 import sys
 import time
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsskd import __version__, skip_log, stored_scores
+from fastsskd import __version__, durable, skip_log, stored_scores
 from fastsskd.answer_folder import AnswerFolder
 from fastsskd.audio_info import SAMPLE_RATE
 from fastsskd.class_map import load_class_map, teacher_columns, why_features_only
@@ -148,7 +147,7 @@ class _Listener:
     def identity(self) -> dict[str, Any]:
         """What the answers depend on."""
         return {
-            "teacher": [_digest(checkpoint_file(path)) for path in self.options.teacher],
+            "teacher": [durable.sha256(checkpoint_file(path)) for path in self.options.teacher],
             "clips": self.clips.fingerprint(),
             "classes": list(self.classes),
             "columns": None if self.columns is None else self.columns.tolist(),
@@ -238,12 +237,3 @@ def _result(folder: AnswerFolder, before: int, seconds: float) -> dict[str, Any]
         "crops_per_second": (stored - before) / seconds,
         "seconds": seconds,
     }
-
-
-def _digest(file: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as opened:
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -5,7 +5,7 @@ import PIL.Image
 import pytest
 import torch
 from safetensors.torch import save_file
-from vit_files import audiomae, google_arrays, image_vit
+from vit_files import accounted, audiomae, google_arrays, image_vit
 
 from fastsskd.errors import InputError
 from fastsskd.imagenet import patch_weight, resize_positions
@@ -25,14 +25,6 @@ def saved(path, state):
     else:
         torch.save({"model": state} if path.stem == "wrapped" else state, path)
     return path
-
-
-def accounted(report, model, in_the_file):
-    """Every name in the file and in the model is in the report, and once."""
-    of_model = report.names("loaded") + report.names("resized") + report.names("missing")
-    assert sorted(of_model) == sorted(model.state_dict())
-    in_report = [source for weight in report.weights for source in weight.sources]
-    assert sorted(in_report) == sorted(in_the_file)
 
 
 # ----------------------------------------------------------------------------------------------- the same function

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from vit_files import accounted
 
 from fastsskd.errors import InputError
 from fastsskd.imagenet import resize_positions
@@ -33,13 +34,6 @@ def refusal(model, path) -> str:
     text = str(caught.value)
     assert "\n" not in text and str(path) in text and caught.value.exit_code == 1
     return text
-
-
-def accounted(report, model, in_the_file):
-    of_model = report.names("loaded") + report.names("resized") + report.names("missing")
-    assert sorted(of_model) == sorted(model.state_dict())
-    in_report = [source for weight in report.weights for source in weight.sources]
-    assert sorted(in_report) == sorted(in_the_file)
 
 
 # ------------------------------------------------------------------------------------------------------ what is taken

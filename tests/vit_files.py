@@ -66,3 +66,11 @@ def audiomae(path: Path, frames: int = 96, width: int = 64, depth: int = 2) -> d
         state[name] = torch.randn(1, 1, 8)
     torch.save({"model": state, "epoch": 31, "optimizer": {"state": {}}}, path)
     return state
+
+
+def accounted(report, model, in_the_file):
+    """Every name in the file and in the model is in the report, and once."""
+    of_model = report.names("loaded") + report.names("resized") + report.names("missing")
+    assert sorted(of_model) == sorted(model.state_dict())
+    in_report = [source for weight in report.weights for source in weight.sources]
+    assert sorted(in_report) == sorted(in_the_file)
