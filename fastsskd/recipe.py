@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -11,30 +10,21 @@ from typing import Any
 
 import torch
 
-import fastsskd_kernels as kernels
 from fastsskd import checkpoint, distributed, ds_config, engine_state, weights
 from fastsskd.alive import Watchdog
-from fastsskd.bad_steps import BadStep, SkippingAdamW
-from fastsskd.class_map import load_class_map, why_features_only
-from fastsskd.config import Config, StageConfig
+from fastsskd.bad_steps import BadStep
+from fastsskd.config import Config
 from fastsskd.datasets import open_data
-from fastsskd.distill import Distill
-from fastsskd.engine import Log, StagePlan, StopFlag, Stopped, train_stage
+from fastsskd.engine import Log, StopFlag, Stopped, train_stage
 from fastsskd.errors import InputError, SharedError
 from fastsskd.evaluate import mean_scores, summarise
 from fastsskd.figures import draw_views
 from fastsskd.loader import Loader
-from fastsskd.manifest import Manifest
-from fastsskd.model import ACM, build_model
-from fastsskd.pretrain import Pretrain
+from fastsskd.model import ACM
 from fastsskd.run_folder import RunFolder
-from fastsskd.sampler import balanced_weights
-from fastsskd.schedule import build_optimizer
 from fastsskd.selection import Selection
-from fastsskd.stages import Stage, plan_stages
-from fastsskd.starting import initialise, starting_weights
-from fastsskd.stored_answers import StoredAnswers
-from fastsskd.teachers import Teacher, describe, load_teacher
+from fastsskd.stage_parts import StageParts
+from fastsskd.stages import Stage
 
 
 class Recipe:
@@ -52,10 +42,11 @@ class Recipe:
         self.device = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
         self.sizes = ds_config.batch_sizes(deepspeed_config, distributed.world_size())
         self.deepspeed_config = deepspeed_config
-        self.stages = plan_stages(config)
         self.data = open_data(config, self.sizes.total)
-        self._try_init()
-        self._try_teacher()
+        self.parts = StageParts(config, deepspeed_config, self.data, self.device, folder)
+        self.stages = self.parts.stages
+        self.parts.try_init()
+        self.parts.try_teacher()
         self.stop = StopFlag()
         self.watchdog = Watchdog(config.run.timeout, self._give_up)
         self.skipped: dict[str, str] = {}
@@ -63,7 +54,7 @@ class Recipe:
     def run(self) -> dict[str, Any]:
         """Train every stage that is not done yet, evaluate, and write ``result.json``; returns its contents."""
         resolved = ds_config.resolve(self.deepspeed_config, distributed.world_size(), self.folder.tensorboard)
-        steps = {stage.name: self._plan(stage).total_steps for stage in self.stages}
+        steps = {stage.name: self.parts.plan(stage).total_steps for stage in self.stages}
         self.folder.begin(steps, resolved, len(self.data.train), len(self.data.evaluation))
         self._say_size()
         for stage in self.stages:
@@ -77,7 +68,7 @@ class Recipe:
 
     def _say_size(self) -> None:
         with torch.device("meta"):
-            parts = self._fresh_model().num_parameters()
+            parts = self.parts.fresh_model().num_parameters()
         text = ", ".join(f"{part} {count:,}" for part, count in parts.items())
         self.folder.say(f"model {self.config.model.size}: {parts.total:,} parameters ({text})")
 
@@ -130,52 +121,20 @@ class Recipe:
 
     def _evaluate_state(self, state: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Metrics of weights in memory, on the evaluation set; in the midst of training, which alone can save."""
-        info = self._info()
+        info = self.parts.info()
         model = weights.fresh_model(info)
         model.load_state_dict(state)
         return self._score([(model.to(self.device).eval(), info)], stoppable=False)
 
-    def _plan(self, stage: Stage) -> StagePlan:
-        settings, optim = self._settings(stage), self.config.optim
-        per_epoch = len(self._clips(stage)) // self.sizes.total
-        decay = self.config.recipe.lr_decay ** max(stage.iteration - 1, 0)
-        return StagePlan(
-            name=stage.name,
-            total_steps=settings.epochs * per_epoch,
-            steps_per_epoch=per_epoch,
-            warmup_steps=round(settings.warmup_epochs * per_epoch),
-            peak_lr=settings.lr * decay,
-            schedule=optim.schedule,
-            accumulation=self.sizes.accumulation,
-            seed=self._seed(stage),
-            log_every=self.config.run.log_every,
-            max_bad_steps=optim.max_bad_steps,
-        )
-
-    def _clips(self, stage: Stage) -> Manifest:
-        return self.data.ssl if stage.kind == "ssl" else self.data.train
-
-    def _settings(self, stage: Stage) -> StageConfig:
-        return self.config.ssl if stage.kind == "ssl" else self.config.distill
-
-    def _seed(self, stage: Stage) -> int:
-        """Each stage has its own order, crops and masks, all from the run's seed."""
-        return kernels.derive_seed(self.config.run.seed, self.stages.index(stage)) % 2**31
-
     def _train(self, stage: Stage, resolved: dict[str, Any]) -> dict[str, Any]:
         """Train one stage and save its model; returns which weights were kept."""
-        import deepspeed
-
-        plan = self._plan(stage)
-        teacher = self._teacher(stage)
-        module = self._module(stage, self._start_model(stage), teacher)
+        plan = self.parts.plan(stage)
+        teacher = self.parts.teacher(stage)
+        module = self.parts.module(stage, self.parts.start_model(stage), teacher)
         untrained = {n: p.detach().clone() for n, p in module.model.named_parameters() if not p.requires_grad}
-        loader = self._loader(stage, teacher)
+        loader = self.parts.loader(stage, teacher)
         self.folder.say(f"{stage.name}: loads {loader.describe()}")
-        optimizer = build_optimizer(module, self._settings(stage), self.config.optim)
-        if ds_config.zero_stage(self.deepspeed_config) == 0:
-            optimizer = SkippingAdamW(optimizer.param_groups)
-        engine, *_ = deepspeed.initialize(model=module.to(self.device), optimizer=optimizer, config=resolved)
+        engine = self.parts.engine(stage, module, resolved)
         selection = Selection(self.config.distill, self._evaluate_state)
         start = self._resume(stage, engine, loader, selection)
         self.folder.begin_stage(stage.name, start)
@@ -211,7 +170,9 @@ class Recipe:
             loader.close()
         state = selection.result(engine_state.full_state(engine, untrained))
         model, is_first = self.folder.model(stage.name), distributed.rank() == 0
-        checkpoint.write_together(lambda: weights.save_model(model, state, self._info()) if is_first else None, model)
+        checkpoint.write_together(
+            lambda: weights.save_model(model, state, self.parts.info()) if is_first else None, model
+        )
         if is_first and stage.kind == "ssl":
             draw_views(model, self.data.evaluation, self.config.mask, self.folder.plots)
         engine.destroy()
@@ -219,122 +180,8 @@ class Recipe:
         self.folder.note_trained(stage.name, selection.note, self.skipped)
         return selection.note
 
-    def _fresh_model(self, drop_path: float = 0.0) -> ACM:
-        options = self.config.model
-        return build_model(
-            options.size,
-            len(self.data.train.classes),
-            seconds=self.config.data.seconds,
-            drop_path=drop_path,
-            activation_checkpointing=options.activation_checkpointing,
-            attention=options.attention,
-            seed=self.config.run.seed,
-        )
-
-    def _start_model(self, stage: Stage) -> ACM:
-        """The model a stage begins with: the last stage's, or a fresh one, or ``model.init``'s."""
-        model = self._fresh_model(drop_path=0.0 if stage.kind == "ssl" else self.config.model.drop_path)
-        source = self.folder.model(stage.start) if stage.start else self.config.model.init
-        if source:
-            self.folder.note_start(stage.name, source, initialise(model, source, self.data.train.classes))
-        return model
-
-    def _try_init(self) -> None:
-        """Look into ``model.init``'s file, if a stage is still to begin with it, before the run's folder is claimed."""
-        if self.config.model.init and not all(stage.start or self.folder.is_done(stage.name) for stage in self.stages):
-            with torch.device("meta"):
-                model = self._fresh_model()
-            starting_weights(model, self.config.model.init, self.data.train.classes)
-
-    def _teacher(self, stage: Stage) -> Teacher | StoredAnswers | None:
-        if stage.stored:
-            return StoredAnswers(stage.stored, self._clips(stage), self.config.data.seconds)
-        if stage.teacher is None:
-            return None
-        names = {other.name for other in self.stages}
-        path = self.folder.model(stage.teacher) if stage.teacher in names else stage.teacher
-        options = {"classes": self.config.distill.teacher_classes, "multi_label": self.data.train.multi_label}
-        return load_teacher(path, **options).to(self.device)
-
-    def _try_teacher(self) -> None:
-        """Load a teacher from outside and let it hear silence: a wrong one is found before days of Multi-SSL."""
-        names = {None, *(stage.name for stage in self.stages)}
-        for stage in [stage for stage in self.stages if stage.stored or stage.teacher not in names][:1]:
-            teacher = self._teacher(stage)
-            self.folder.say(f"{stage.name}: {'stored answers' if stage.stored else 'teacher'} with {describe(teacher)}")
-            if not stage.stored:
-                teacher(torch.zeros(1, self.config.num_samples, device=self.device))
-            with torch.device("meta"):
-                model = self._fresh_model()
-            self._module(stage, model, teacher)  # raises if the two do not go together
-
-    def _module(self, stage: Stage, model: ACM, teacher: Teacher | StoredAnswers | None) -> Pretrain | Distill:
-        config = self.config
-        if stage.kind == "ssl":
-            return Pretrain(model, config.loss, config.mask, slots=self.sizes.micro)
-        distill = config.distill
-        if stage.kind == "teacher" or teacher is None:
-            distill = dataclasses.replace(distill, labels=True)
-        module = Distill(
-            model,
-            classes=self.data.train.classes,
-            multi_label=self.data.train.multi_label,
-            distill=distill,
-            augmentation=config.augment,
-            data=config.data,
-            num_frames=kernels.num_frames(config.num_samples),
-            teacher=teacher,
-            class_map=load_class_map(distill.class_map) if teacher is not None else None,
-        )
-        if teacher is not None and not stage.stored and distill.teacher_labels and not module.uses_scores:
-            reason = why_features_only(self.data.train.classes, teacher.classes, load_class_map(distill.class_map))
-            self.folder.say(f"{stage.name}: the teacher gives features only: {reason}")
-        return module
-
-    def _loader(self, stage: Stage, teacher: Teacher | StoredAnswers | None) -> Loader:
-        data, stored = self.config.data, isinstance(teacher, StoredAnswers)
-        clips = teacher.manifest if stored else self._clips(stage)
-        sampling = None
-        if data.sampling == "weights":
-            sampling = clips.weights
-        elif data.sampling == "balanced" and clips.classes:
-            sampling = balanced_weights(clips)
-        return Loader(
-            clips,
-            batch_size=self.sizes.micro,
-            seconds=data.seconds,
-            train=True,
-            seed=self._seed(stage),
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            device=self.device,
-            workers=data.workers,
-            prefetch=data.prefetch,
-            waveform=teacher is not None and not stored,
-            crops=teacher if stored else None,
-            mean=data.mean,
-            std=data.std,
-            drop_last_to=self.sizes.total,
-            weights=sampling,
-            max_bad_share=data.max_bad_share,
-            max_bad=data.max_bad if data.max_bad >= 0 else None,
-            skip_log=self.folder.skip_log,
-        )
-
-    def _info(self) -> weights.ModelInfo:
-        data = self.config.data
-        return weights.ModelInfo(
-            self.config.model.size,
-            self.data.train.classes,
-            self.data.train.multi_label,
-            data.seconds,
-            data.mean,
-            data.std,
-            attention=self.config.model.attention,
-        )
-
     def _save(self, stage: Stage, engine: Any, step: int, loader: Loader, selection: Selection) -> None:
-        done = sum(self._plan(s).total_steps for s in self.stages[: self.stages.index(stage)])
+        done = sum(self.parts.plan(s).total_steps for s in self.stages[: self.stages.index(stage)])
         progress = checkpoint.Progress(
             stage=stage.name,
             step=step,
