@@ -47,19 +47,33 @@ def contrast(pred: Tensor, raw: Tensor, temperature: float, slots: int | None = 
     """Formula 8, its minus sign restored: InfoNCE on cosine similarity, over the global batch.
 
     ``-mean_b log( exp(C(pred_b, raw_b)/tau) / sum_k exp(C(pred_b, raw_k)/tau) )``, k over every rank's clips. The mean
-    is over this rank's clips; ranks are averaged with their gradients.
+    is over this rank's clips; ranks are averaged with their gradients. Arguments as for :func:`contrast_logits`.
+    """
+    return info_nce(*contrast_logits(pred, raw, temperature, slots))
+
+
+def contrast_logits(pred: Tensor, raw: Tensor, temperature: float, slots: int | None = None) -> tuple[Tensor, Tensor]:
+    """``C(pred_b, raw_k) / tau`` of this rank's clips with every rank's.
 
     Args:
         pred, raw: ``(B, D)`` AVG-pooled features.
         temperature: tau.
         slots: the largest B of any rank, needed with several ranks because a rank that left out a bad clip has fewer.
+
+    Returns:
+        ``(B, W * slots)``, ``-inf`` where a rank has no clip; and ``(B,)``, the column of each clip's own pair.
     """
     pred = F.normalize(pred.float(), dim=-1)
     keys, offset, valid = gather_keys(F.normalize(raw.float(), dim=-1), slots)
     logits = pred @ keys.T / temperature
     if valid is not None:
         logits = logits.masked_fill(~valid, float("-inf"))
-    return F.cross_entropy(logits, torch.arange(pred.shape[0], device=pred.device) + offset)
+    return logits, torch.arange(pred.shape[0], device=pred.device) + offset
+
+
+def info_nce(logits: Tensor, own: Tensor) -> Tensor:
+    """Formula 8's logarithm, mean over this rank's clips."""
+    return F.cross_entropy(logits, own)
 
 
 def gather_keys(keys: Tensor, slots: int | None) -> tuple[Tensor, int, Tensor | None]:

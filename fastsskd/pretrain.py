@@ -7,7 +7,7 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
-from fastsskd import losses
+from fastsskd import health, losses
 from fastsskd.batch import Batch
 from fastsskd.config import LossConfig, MaskConfig
 from fastsskd.model import ACM
@@ -21,11 +21,15 @@ class Pretrain(nn.Module):
         model: the model; its class head takes no part.
         loss, mask: the [loss] and [mask] sections of the configuration.
         slots: clips per rank in a full batch, see :func:`fastsskd.losses.contrast`.
+
+    Attributes:
+        pooled: ``(B, D)`` AVG-pooled raw features of the last step, for :func:`fastsskd.health.of_features`.
     """
 
     def __init__(self, model: ACM, loss: LossConfig, mask: MaskConfig, slots: int | None = None):
         super().__init__()
         self.model, self.loss, self.mask, self.slots = model, loss, mask, slots
+        self.pooled: Tensor | None = None
         for parameter in model.parameters():
             parameter.requires_grad_(True)
         if model.head is not None:
@@ -35,19 +39,21 @@ class Pretrain(nn.Module):
         """Formula 10 on one batch.
 
         Returns:
-            The total loss, and the detached value of each term that is on, plus ``feature_std``: the mean standard
-            deviation over the clips of the pooled raw features' dimensions, 0 when all clips look alike.
+            The total loss, and the detached value of each term that is on, plus the step's health:
+            ``feature_std``, the mean standard deviation over this rank's clips of the pooled raw features' dimensions,
+            0 when all clips look alike; for each contrast ``contrast_accuracy_*``, with ``contrast_chance``; for each
+            reconstruction ``variance_*`` and ``positions_*``, see :func:`fastsskd.health.restore_baselines`.
         """
         views = make_views(batch, self.mask)
         raw, intra, inter = self._features(views)
-        terms = self._terms(views, raw, intra, inter)
+        terms, seen = self._terms(views, raw, intra, inter)
         loss = self.loss
         weights = {"restore": loss.alpha, "mse": loss.alpha, "kl": loss.beta, "contrast": 1.0}
         total = sum(weights[name.split("_")[0]] * value for name, value in terms.items())
         metrics = {name: value.detach() for name, value in terms.items()}
-        with torch.no_grad():
-            metrics["feature_std"] = raw.float().mean(dim=1).std(dim=0, unbiased=False).mean()
-        return total, metrics
+        self.pooled = raw.detach().float().mean(dim=1)
+        metrics["feature_std"] = self.pooled.std(dim=0, unbiased=False).mean()
+        return total, {**metrics, **seen}
 
     def _features(self, views: Views) -> tuple[Tensor, Tensor, Tensor]:
         """Features of the three views, ``(B, N, D)`` each; the raw view is a target and needs no graph."""
@@ -62,25 +68,40 @@ class Pretrain(nn.Module):
         intra, inter = model.aft(torch.cat([tokens_intra, tokens_inter])).chunk(2)
         return raw, intra, inter
 
-    def _terms(self, views: Views, raw: Tensor, intra: Tensor, inter: Tensor) -> dict[str, Tensor]:
-        """The terms of Formula 10 that are switched on."""
+    def _terms(
+        self, views: Views, raw: Tensor, intra: Tensor, inter: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The terms of Formula 10 that are switched on, and the health of their views."""
         loss = self.loss
-        terms = {}
+        terms, seen = {}, {}
         target = views.raw
         if loss.restore_target == "res_raw":
             with contextlib.nullcontext() if loss.raw_gradient else torch.no_grad():
                 target = self.model.decode(raw)
         weight = views.weight if loss.hog_weight else None
-        pixel_masks = {"intra": views.intra_mask, "inter": views.inter_mask.unsqueeze(-1).expand_as(views.intra_mask)}
+        masks = {"intra": views.intra_mask, "inter": views.inter_mask.unsqueeze(-1).expand_as(views.intra_mask)}
         for name, features in (("intra", intra), ("inter", inter)):
             if getattr(loss, f"restore_{name}"):
-                mask = pixel_masks[name] if loss.restore_on == "masked" else None
+                mask = masks[name] if loss.restore_on == "masked" else None
                 terms[f"restore_{name}"] = losses.restore(self.model.decode(features), target, weight, mask)
+                seen |= self._baselines(seen, name, target.detach(), weight, mask)
             if getattr(loss, f"mse_{name}"):
                 terms[f"mse_{name}"] = losses.feature_mse(features, raw)
             if getattr(loss, f"kl_{name}"):
                 terms[f"kl_{name}"] = losses.feature_kl(features, raw)
             if getattr(loss, f"contrast_{name}"):
-                pooled = features.mean(dim=1), raw.mean(dim=1)
-                terms[f"contrast_{name}"] = losses.contrast(*pooled, loss.tau, self.slots)
-        return terms
+                logits, own = losses.contrast_logits(features.mean(dim=1), raw.mean(dim=1), loss.tau, self.slots)
+                terms[f"contrast_{name}"] = losses.info_nce(logits, own)
+                seen[f"contrast_accuracy_{name}"] = health.contrast_accuracy(logits.detach(), own)
+                seen["contrast_chance"] = health.contrast_chance(logits.detach())
+        return terms, seen
+
+    def _baselines(
+        self, seen: dict[str, Tensor], view: str, target: Tensor, weight: Tensor | None, mask: Tensor | None
+    ) -> dict[str, Tensor]:
+        """``variance_*`` and ``positions_*`` of a view; over all pixels they are those of the other one."""
+        if mask is None and "variance_intra" in seen:
+            variance, positions = seen["variance_intra"], seen["positions_intra"]
+        else:
+            variance, positions = health.restore_baselines(target, self.model.grid_size, weight, mask)
+        return {f"variance_{view}": variance, f"positions_{view}": positions}

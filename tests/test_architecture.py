@@ -26,7 +26,7 @@ FLOORS = (
     "config ds_config class_map patches clip_table clip_columns files_present split manifest listed_layouts tar_layout "
     "layouts sound_events",
     "model flops losses metrics augment decode clip_reader recycle sampler stored_answers stream loader datasets "
-    "shards stochastic_depth schedule stages plan_memory plan_cost plan_loader plan_measured plan",
+    "shards stochastic_depth health schedule stages plan_memory plan_cost plan_loader plan_measured plan",
     "views weights imagenet starting",
     "pretrain distill teachers",
     "engine selection checkpoint evaluate predict check figures progress run_folder stage_parts report recipe "

@@ -13,6 +13,18 @@ from fastsskd.views import make_views
 
 TERMS = [f"{kind}_{view}" for kind in ("restore", "mse", "kl", "contrast") for view in ("intra", "inter")]
 OFF = dict.fromkeys(TERMS, False)
+
+
+def names(terms) -> set[str]:
+    """What a step reports when these terms are on: each with the health of its view."""
+    health = {
+        f"{kind}_{t.split('_')[1]}" for t in terms if t.startswith("restore") for kind in ("variance", "positions")
+    }
+    health |= {f"contrast_accuracy_{t.split('_')[1]}" for t in terms if t.startswith("contrast")}
+    chance = {"contrast_chance"} if any(t.startswith("contrast") for t in terms) else set()
+    return {*terms, "feature_std"} | health | chance
+
+
 MASK = MaskConfig()
 
 
@@ -92,7 +104,7 @@ def test_loss_terms_and_every_gradient_are_the_paper_s(make_model, make_batch, o
     terms = paper_terms(twin, batch, loss)
     expected = paper_total(terms, loss)
     expected.backward()
-    assert set(metrics) == {*TERMS, "feature_std"}
+    assert set(metrics) == names(TERMS)
     for name in TERMS:
         assert metrics[name].item() == pytest.approx(terms[name].item(), rel=1e-4), name
         assert metrics[name].item() > 0
@@ -118,7 +130,7 @@ def test_each_term_stands_alone_with_its_own_weight(make_model, make_batch, term
     batch, model = make_batch(), used_model(make_model)
     total, metrics = Pretrain(model, loss, MASK)(batch)
     total.backward()
-    assert set(metrics) == {term, "feature_std"}
+    assert set(metrics) == names([term])
     expected = paper_terms(used_model(make_model), batch, loss)[term].item()
     weight = {"restore": 0.7, "mse": 0.7, "kl": 0.3, "contrast": 1.0}[term.split("_")[0]]
     assert total.item() == pytest.approx(weight * expected, rel=1e-4)
@@ -132,7 +144,7 @@ def test_each_term_stands_alone_with_its_own_weight(make_model, make_batch, term
 def test_each_term_can_be_left_out(make_model, make_batch, term):
     loss = LossConfig(**{term: False}, alpha=0.7, beta=0.3)
     total, metrics = Pretrain(used_model(make_model), loss, MASK)(make_batch())
-    assert set(metrics) == {*TERMS, "feature_std"} - {term}
+    assert set(metrics) == names({*TERMS} - {term})
     expected = paper_total(paper_terms(used_model(make_model), make_batch(), loss), loss)
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)
 
