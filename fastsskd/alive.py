@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 _LAUNCHERS = ("deepspeed", "torchrun", "deepspeed.launcher.launch", "torch.distributed.run")
+LAUNCHER_PID = "FASTSSKD_LAUNCHER_PID"
+"""Environment variable with which another parent says that it is the launcher."""
 
 
 class Launcher:
@@ -22,6 +24,8 @@ class Launcher:
         while (parent := _parent(child)) and _is_launcher(parent):
             self._links.append((child, parent))
             child = parent
+        if os.environ.get(LAUNCHER_PID):
+            self._links.append((os.getpid(), int(os.environ[LAUNCHER_PID])))
 
     def gone(self) -> bool:
         """Whether one of them has ended: then its child has another parent, or is gone too."""
