@@ -176,12 +176,11 @@ def problems(line: dict[str, Any], warmup_steps: int) -> dict[str, str]:
 class Watch:
     """Says each problem of a stage once, when it has lasted for two lines; again only after it was gone."""
 
-    def __init__(self, warmup_steps: int):
-        self.warmup_steps = warmup_steps
+    def __init__(self):
         self._lasted: dict[str, int] = {}
 
-    def see(self, line: dict[str, Any]) -> list[str]:
+    def see(self, line: dict[str, Any], warmup_steps: int) -> list[str]:
         """The sentences that are new with this line."""
-        found = problems(line, self.warmup_steps)
+        found = problems(line, warmup_steps)
         self._lasted = {name: self._lasted.get(name, 0) + 1 for name in found}
         return [text for name, text in found.items() if self._lasted[name] == 2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fastsskd.health import VIEWS
 from fastsskd.run_folder import read_metrics
 
 
@@ -19,7 +20,8 @@ def show(path: Path, result: dict[str, Any]) -> str:
 
 
 def table(path: Path, result: dict[str, Any]) -> str:
-    """One row a stage: loss, metrics on the evaluation set, speed, share of time waiting; then each stage's terms."""
+    """One row a stage: loss, metrics on the evaluation set, speed, share of time waiting; then each stage's terms and
+    the health of its pre-training."""
     named = [("teacher", result["teacher"])] if result["teacher"] else []
     for iteration in result["iterations"]:
         kinds = [kind for kind in ("ssl", "distill") if kind in iteration]
@@ -33,6 +35,9 @@ def table(path: Path, result: dict[str, Any]) -> str:
     text = _aligned(rows)
     terms = [(name, _terms(stage.get("losses", {}))) for name, stage in named]
     text += ["", "Terms of the loss, mean of the last epoch:", *_aligned(terms), ""]
+    healths = [(name, _health(stage["health"])) for name, stage in named if stage.get("health")]
+    if healths:
+        text += ["Health of Multi-SSL, last epoch:", *_aligned(healths), ""]
     counts = f"{result['num_train']} training clips, {result['num_eval']} for evaluation"
     text.append(f"{counts}{_chance(result['metrics'])}; see {path}/result.json")
     return "\n".join(text + _skipped(path, result["skipped"]))
@@ -54,6 +59,17 @@ def _skipped(path: Path, skipped: dict[str, str]) -> list[str]:
 
 def _terms(losses: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.3f}" for name, value in losses.items() if name != "loss")
+
+
+def _health(health: dict[str, float]) -> str:
+    """In words; a pair of numbers is of the intra and the inter view."""
+    parts = []
+    if "effective_rank" in health:
+        parts.append(f"effective rank {health['effective_rank']:.1f} of {health['rank_limit']:.0f}")
+    for title, name in (("own pair found", "contrast_accuracy"), ("variance explained", "explained")):
+        shares = [f"{100 * health[f'{name}_{view}']:.0f} %" for view in VIEWS if f"{name}_{view}" in health]
+        parts += [f"{title} {' / '.join(shares)}"] if shares else []
+    return ", ".join(parts)
 
 
 def _scores(metrics: dict[str, Any] | None) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fastsskd import __version__, distributed, durable
+from fastsskd import __version__, distributed, durable, health
 from fastsskd.bad_steps import BadStep
 from fastsskd.checkpoint import write_json
 from fastsskd.config import Config, to_toml
@@ -25,7 +25,7 @@ from fastsskd.weights import MODEL_FILE
 
 RESULT, PROGRESS, METRICS, BAD_STEPS = "result.json", "progress.json", "metrics.jsonl", "bad_steps.jsonl"
 LINE_FIELDS = {"stage", "step", "epoch", "lr", "grad_norm", "clips_per_second", "clips", "seconds", "wait"}
-"""Of a line of metrics.jsonl; whatever else it holds is the loss, its terms, and the health of the features."""
+"""Of a line of metrics.jsonl; whatever else it holds is the loss, its terms, and ``health.NAMES``."""
 _PACKAGES = ("torch", "torchaudio", "timm", "deepspeed", "numba", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
 
@@ -53,6 +53,7 @@ class RunFolder:
             self.progress |= json.loads((self.path / PROGRESS).read_text(encoding="utf-8"))
         self._begun = time.time()
         self.line: ProgressLine | None = None
+        self._watch = health.Watch()
 
     def _check(self, resume: bool) -> None:
         occupied = self.path.is_dir() and any(self.path.iterdir())
@@ -117,15 +118,22 @@ class RunFolder:
 
     def begin_stage(self, stage: str, step: int) -> None:
         """Forget what was logged of ``stage`` after ``step``, by a run that was killed after its last checkpoint."""
-        self._logged_step = step
+        self._logged_step, self._watch = step, health.Watch()
         if not (self.is_writer and self.resumed):
             return
         kept = [line for line in read_metrics(self.path) if line["stage"] != stage or line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         durable.write_text(self.path / METRICS, text)
 
-    def log(self, stage: str, plan: StagePlan, log: Log, monitor: Any = None) -> None:
-        """One line of metrics.jsonl, one of progress, and the logging back-ends that the ds_config switched on."""
+    def log(
+        self, stage: str, plan: StagePlan, log: Log, monitor: Any = None, features: dict[str, float] | None = None
+    ) -> None:
+        """One line of metrics.jsonl, one of progress, and the logging back-ends that the ds_config switched on.
+
+        Args:
+            monitor: DeepSpeed's.
+            features: see :func:`fastsskd.health.of_features`.
+        """
         self.line.log(stage, plan, log, log.step - self._logged_step)
         self._logged_step = log.step
         if not self.is_writer or "loss" not in log.metrics:  # not one good step since the last log
@@ -140,7 +148,8 @@ class RunFolder:
             "clips": log.clips,
             "seconds": log.seconds,
             "wait": log.wait,
-            **log.metrics,
+            **health.with_shares(log.metrics),
+            **(features or {}),
         }
         with open(self.path / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -149,6 +158,16 @@ class RunFolder:
                 k: v for k, v in line.items() if isinstance(v, (int, float)) and k not in ("step", "clips", "seconds")
             }
             monitor.write_events([(f"{stage}/{name}", value, log.step) for name, value in numbers.items()])
+        for problem in self._watch.see(line, plan.warmup_steps):
+            self.say(f"{stage}: warning: {problem}")
+
+    def log_picture(self, stage: str, step: int, picture: Path, monitor: Any = None) -> None:
+        """Show a picture in TensorBoard too, if the ds_config switched it on."""
+        writer = getattr(getattr(monitor, "tb_monitor", None), "summary_writer", None)
+        if writer is not None and picture.exists():
+            from matplotlib.image import imread
+
+            writer.add_image(f"{stage}/views", imread(picture), step, dataformats="HWC")
 
     def log_bad_step(self, stage: str, bad: BadStep) -> None:
         """Name the clips of a step that was skipped, and say so."""
@@ -172,17 +191,18 @@ class RunFolder:
             self.say(f"{stage}: {text} on {metrics['num_clips']} clips")
 
     def _stage_summary(self, stage: str) -> dict[str, Any]:
-        """Losses of the last epoch, speed and waiting of the stage, from metrics.jsonl."""
+        """Losses and health of the last epoch, speed and waiting of the stage, from metrics.jsonl."""
         if not self.is_writer:
             return {}
         lines = [line for line in read_metrics(self.path) if line["stage"] == stage]
         if not lines:
             return {}
         last = [line for line in lines if line["epoch"] > lines[-1]["epoch"] - 1] or lines[-1:]
-        losses = {name: sum(line[name] for line in last) / len(last) for name in last[0] if name not in LINE_FIELDS}
+        means = {name: _mean(last, name) for name in last[-1] if name not in LINE_FIELDS}
         seconds = sum(line["seconds"] for line in lines)
         return {
-            "losses": losses,
+            "losses": {name: value for name, value in means.items() if name not in health.NAMES},
+            "health": {name: value for name, value in means.items() if name in health.NAMES},
             "clips_per_second": sum(line["clips"] for line in lines) / seconds,
             "wait": sum(line["wait"] * line["seconds"] for line in lines) / seconds,
             "seconds": seconds,
@@ -221,6 +241,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
     return found
+
+
+def _mean(lines: list[dict[str, Any]], name: str) -> float:
+    """Over those that have it: features that were not finite have no rank, a resumed run's first lines fewer names."""
+    values = [line[name] for line in lines if name in line]
+    return sum(values) / len(values)
 
 
 def versions() -> dict[str, str]:

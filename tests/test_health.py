@@ -270,6 +270,6 @@ def test_a_handful_of_clips_is_no_contrast_and_no_collapse():
 
 
 def test_a_problem_is_said_once_and_again_when_it_comes_back():
-    watch, ill = health.Watch(20), {**WELL, "effective_rank": 1.2}
-    said = [len(watch.see(line)) for line in (WELL, ill, WELL, ill, ill, ill, ill, WELL, ill, ill)]
+    watch, ill = health.Watch(), {**WELL, "effective_rank": 1.2}
+    said = [len(watch.see(line, 20)) for line in (WELL, ill, WELL, ill, ill, ill, ill, WELL, ill, ill)]
     assert said == [0, 0, 0, 0, 1, 0, 0, 0, 0, 1]
