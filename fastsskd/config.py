@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from fastsskd.config_rules import contradictions
 from fastsskd.errors import InputError, UsageError
 
 try:
@@ -91,6 +92,11 @@ class ModelConfig:
     attention: str = _option(
         "plain", "simam = SimAM's parameter-free attention after each block's own (SPFA)", choices=("plain", "simam")
     )
+    pooling: str = _option(
+        "mean",
+        "of the tokens for the class head: their mean, or attentive = attention by one learned query",
+        choices=("mean", "attentive"),
+    )
     init: str = _option(
         "",
         "start iteration 1 from a file: a model of ours, a ViT of timm's, DeiT's or Google's, AudioMAE; empty = random",
@@ -156,6 +162,13 @@ class DistillConfig(StageConfig):
         choices=("last", "best", "average"),
     )
     average_epochs: int = _option(5, "select = average: mean of the weights after each of this many last epochs", low=1)
+    ema: float = _option(
+        0.0,
+        "decay of a moving average of the weights, such as 0.999; it is what is evaluated and saved; 0 = none",
+        low=0.0,
+        high=0.999999,
+    )
+    frozen: bool = _option(False, "train the class head, and attentive pooling, on the features as they are")
 
 
 @dataclass(frozen=True)
@@ -234,7 +247,8 @@ def from_dict(tree: dict[str, Any], source: str = "config") -> Config:
             raise UsageError(f"{source}: {name} must be a section, [{name}]")
         values[name] = _section(sections[name], name, content, source)
     config = Config(**values)
-    _check_together(config, source)
+    for problem in contradictions(config):
+        raise UsageError(f"{source}: {problem}")
     return config
 
 
@@ -278,36 +292,6 @@ def _checked(where: str, value: Any, hint: Any, limits: Any) -> Any:
             allowed = f"[{'-inf' if low is None else low}, {'inf' if high is None else high}]"
             raise UsageError(f"{where}: {value} is out of range {allowed}")
     return value
-
-
-def _check_together(config: Config, source: str) -> None:
-    """Limits that concern two fields."""
-    if config.mask.intra_p_time + config.mask.intra_p_freq > 1.0 + 1e-9:
-        raise UsageError(f"{source}: mask.intra_p_time + mask.intra_p_freq exceed 1")
-    if len(config.optim.betas) != 2 or not all(0.0 <= b < 1.0 for b in config.optim.betas):
-        raise UsageError(f"{source}: optim.betas must be two numbers in [0, 1)")
-    if not config.recipe.stages or len(set(config.recipe.stages)) != len(config.recipe.stages):
-        raise UsageError(f"{source}: recipe.stages must name ssl, distill or both, each once")
-    overlap = set(config.data.train_folds) & set(config.data.eval_folds)
-    if overlap:
-        raise UsageError(f"{source}: fold {min(overlap)} is in both data.train_folds and data.eval_folds")
-    loss = config.loss
-    terms = [
-        getattr(loss, f"{kind}_{view}") for kind in ("restore", "mse", "kl", "contrast") for view in ("intra", "inter")
-    ]
-    if "ssl" in config.recipe.stages and not any(terms):
-        raise UsageError(f"{source}: [loss] switches off all eight terms; leave one on, or recipe.stages = ['distill']")
-    teachers, stored = config.distill.teacher, config.distill.stored
-    if "distill" in config.recipe.stages and not (config.distill.labels or teachers or stored):
-        raise UsageError(f"{source}: distill.labels = false needs a distill.teacher, or its answers in distill.stored")
-    for name in ("teacher", "teacher_classes", "class_map"):
-        if stored and getattr(config.distill, name):
-            raise UsageError(
-                f"{source}: distill.stored and distill.{name} are both set; whose answers are stored was settled by "
-                f"`fastsskd teach`: leave distill.{name} empty, or distill.stored to ask the teacher in every step"
-            )
-    if isinstance(teachers, tuple) and (not teachers or {"", "previous", "supervised"} & set(teachers)):
-        raise UsageError(f"{source}: distill.teacher as a list takes checkpoints, at least one")
 
 
 def _apply_override(tree: dict[str, Any], text: str) -> None:

@@ -24,7 +24,8 @@ class Distill(nn.Module):
     """One step of ``L = CE(student, labels) + CE(student, teacher) + gamma MSE(student, teacher)`` (Formulas 11-13).
 
     Args:
-        model: the student; its decoder and MAE module take no part.
+        model: the student; its decoder and MAE module take no part. With ``distill.frozen`` its head alone is trained,
+            and the pooling of that if it is attentive: a linear probe.
         classes: of the data set, in label order.
         multi_label: binary cross entropy per class instead of softmax.
         distill, augmentation, data: sections of the configuration.
@@ -53,7 +54,10 @@ class Distill(nn.Module):
         self.model, self.num_classes, self.multi_label = model, len(classes), multi_label
         self.distill, self.augmentation, self.data, self.num_frames = distill, augmentation, data, num_frames
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not name.startswith(("mae.", "decoder.")))
+            if distill.frozen:
+                parameter.requires_grad_(name.startswith(("head.", "pool.")))
+            else:
+                parameter.requires_grad_(not name.startswith(("mae.", "decoder.")))
         self._outside = (teacher,)
         columns = None if teacher is None else teacher_columns(classes, teacher.classes, class_map or {})
         self.uses_scores = columns is not None and distill.teacher_labels
@@ -87,7 +91,8 @@ class Distill(nn.Module):
             # The teacher heard the clips one by one; its answers are mixed as the labels are.
             target, scores, features = (_mix(x, partner, ratio) for x in (target, scores, features))
         draw_depth(self.model, batch.seed)
-        logits, clip = self.model(augment(fbank, batch.seed, self.augmentation, self.num_frames))
+        fbank = augment(fbank, batch.seed, self.augmentation, self.num_frames)
+        logits, clip = self.model(fbank, frozen=self.distill.frozen)
         terms = {}
         if self.distill.labels:
             terms["label"] = losses.label_cross_entropy(logits, self._smooth(target), self.multi_label)

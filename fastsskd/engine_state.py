@@ -1,8 +1,9 @@
 """A DeepSpeed engine's state as safetensors, for any number of ranks, ZeRO stage and precision.
 
-Whatever the stage, a rank trains stretches of the flattened parameters in float32: their master weights and AdamW's two
-moments. Each rank writes its own stretches, and on resume reads those it now holds, wherever they were written: nothing
-is gathered, no rank needs memory for more than its share, and nothing is unpickled.
+Whatever the stage, a rank trains stretches of the flattened parameters in float32: their master weights, AdamW's two
+moments, and the weights' moving average if a stage keeps one. Each rank writes its own stretches, and on resume reads
+those it now holds, wherever they were written: nothing is gathered, no rank needs memory for more than its share, and
+nothing is unpickled.
 
     engine-00001-of-00004.safetensors     "master@1024/model.pos_embed", "exp_avg@1024/...", "exp_avg_sq@1024/...", ...
 
@@ -27,7 +28,7 @@ from torch import Tensor
 from fastsskd import distributed
 from fastsskd.errors import InputError, SharedError
 
-MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
+MASTER, MOMENTS, AVERAGE = "master", ("exp_avg", "exp_avg_sq"), "ema"
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
@@ -36,7 +37,8 @@ _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 class Stretch:
     """Elements ``start`` to ``start + n`` of the flattened parameter ``name``, as this rank trains them.
 
-    ``values`` holds the master weights and the moments by name, each ``(n,)`` float32: views of the live state.
+    ``values`` holds the master weights, the moments and the average by name, each ``(n,)`` float32: views of the live
+    state.
     """
 
     name: str
@@ -72,7 +74,7 @@ def describe(engine: Any) -> dict[str, Any]:
     dynamic = scaler is not None and scaler.dynamic
     return {
         "parameters": _sizes(engine),
-        "optimizer_steps": _optimizer_steps(engine),
+        "optimizer_steps": optimizer_steps(engine),
         **{name: getattr(engine, name) for name in _COUNTERS},
         "loss_scale": {name: getattr(scaler, name) for name in _SCALER_FIELDS} if dynamic else None,
     }
@@ -97,6 +99,8 @@ def load(engine: Any, files: list[Path], about: dict[str, Any]) -> None:
     with ExitStack() as stack, torch.no_grad():
         opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
         pieces = _pieces(opened)
+        if AVERAGE not in {kind for kind, _ in pieces} and any(AVERAGE in stretch.values for stretch in own):
+            raise SharedError("it holds no moving average of the weights; resume with the run's own distill.ema")
         for stretch in own:
             for kind, value in stretch.values.items():
                 _fill(value, stretch, kind, pieces[kind, stretch.name])
@@ -158,10 +162,24 @@ def _held(engine: Any) -> tuple[torch.optim.Optimizer, list[Tensor]]:
     return optimizer.optimizer, [p for group in optimizer.optimizer.param_groups for p in group["params"]]
 
 
-def _optimizer_steps(engine: Any) -> int:
+def optimizer_steps(engine: Any) -> int:
     """Steps that AdamW has done: those of the engine less the skipped ones."""
     adam, held = _held(engine)
     return max((int(adam.state[p]["step"]) for p in held if adam.state[p]), default=0)
+
+
+def keep_average(engine: Any) -> None:
+    """Make room for a moving average of the weights, equal to them at first; AdamW leaves it alone."""
+    _prepare_moments(engine, None)
+    adam, held = _held(engine)
+    for p in held:
+        adam.state[p][AVERAGE] = p.detach().clone()
+
+
+def averages(engine: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """This rank's shares of the moving average and of the master weights, live, in the same order."""
+    adam, held = _held(engine)
+    return [adam.state[p][AVERAGE] for p in held], [p.detach() for p in held]
 
 
 def _prepare_moments(engine: Any, steps: int | None) -> None:
@@ -193,7 +211,8 @@ def _stretches(engine: Any, steps: int | None = None) -> list[Stretch]:
             place = p._hp_mapping
             inner, outer = place.hp_fragment_address, place.lp_fragment_address
             flat, start, offset, length = held[place.param_group_index], outer.start, inner.start, inner.numel
-        whole = {MASTER: flat, **{kind: adam.state[flat][kind] for kind in MOMENTS}}
+        state = adam.state[flat]
+        whole = {MASTER: flat, **{kind: state[kind] for kind in (*MOMENTS, AVERAGE) if kind in state}}
         values = {kind: value.detach().view(-1).narrow(0, offset, length) for kind, value in whole.items()}
         found.append(Stretch(name, start, values))
     return found

@@ -23,7 +23,7 @@ class StepFlops:
         intra, inter: embedding and AFT of the masked views, forward and backward; in the labelled stage ``intra`` is
             the student and ``inter`` is 0.
         mae: MAE module, forward and backward.
-        decoder: decoder of both masked views, or the class head; forward and backward.
+        decoder: decoder of both masked views, or the class head and its pooling; forward and backward.
         teacher: forward of the teacher.
     """
 
@@ -81,15 +81,37 @@ def decoder(tokens: int, dim: int) -> float:
     return linear(tokens, dim, 2 * dim) + linear(tokens, 2 * dim, dim) + linear(tokens, dim, PIXELS)
 
 
+def attentive_pool(tokens: int, dim: int) -> float:
+    """Forward of :class:`fastsskd.model.AttentivePool`: keys and values, one query's attention, projection."""
+    return linear(tokens, dim, 2 * dim) + 4.0 * tokens * dim + linear(1, dim, dim)
+
+
 def distill_step(
-    size: str | Size, num_classes: int, seconds: float = 10.0, *, teacher: str | Size | None = None
+    size: str | Size,
+    num_classes: int,
+    seconds: float = 10.0,
+    *,
+    teacher: str | Size | None = None,
+    frozen: bool = False,
+    pooling: str = "mean",
 ) -> StepFlops:
-    """One clip's share of a step of the labelled stage; ``teacher`` is the size of one of our own, None for none."""
+    """One clip's share of a step of the labelled stage.
+
+    Args:
+        teacher: the size of one of our own, None for none.
+        frozen: the student's features have no backward pass.
+        pooling: of the class head.
+    """
     size = SIZES[size] if isinstance(size, str) else size
     n, dim = num_tokens(seconds), size.embed_dim
-    student = 2 * linear(n, PIXELS, dim) + 3 * blocks(n, dim, size.depth)
-    frozen = 0.0
+    embed, aft = linear(n, PIXELS, dim), blocks(n, dim, size.depth)
+    student = embed + aft if frozen else 2 * embed + 3 * aft
+    head = 3 * linear(1, dim, num_classes)
+    if pooling == "attentive":
+        # Backward twice the forward, but for the keys' and values' input where that has no gradient.
+        head += 3 * attentive_pool(n, dim) - (linear(n, dim, 2 * dim) if frozen else 0.0)
+    listening = 0.0
     if teacher is not None:
-        frozen_size = SIZES[teacher] if isinstance(teacher, str) else teacher
-        frozen = linear(n, PIXELS, frozen_size.embed_dim) + blocks(n, frozen_size.embed_dim, frozen_size.depth)
-    return StepFlops(0.0, student, 0.0, 0.0, 3 * linear(1, dim, num_classes), frozen)
+        other = SIZES[teacher] if isinstance(teacher, str) else teacher
+        listening = linear(n, PIXELS, other.embed_dim) + blocks(n, other.embed_dim, other.depth)
+    return StepFlops(0.0, student, 0.0, 0.0, head, listening)

@@ -43,6 +43,8 @@ SIZES = {
 
 ATTENTIONS = ("plain", "simam")
 """Of the AFT's blocks: as in ViT, or its output weighted by :func:`simam`; the weights are the same."""
+POOLINGS = ("mean", "attentive")
+"""Of the tokens, for the class head: their mean, or :class:`AttentivePool`."""
 
 
 def _blocks(dim: int, depth: int, heads: int, drop_path: float = 0.0) -> nn.ModuleList:
@@ -116,6 +118,37 @@ class MAE(nn.Module):
         return filled.scatter(1, index, visible)
 
 
+class AttentivePool(nn.Module):
+    """Multi-head attention by one learned query over the tokens, as in CoCa's pooler (Yu et al. 2022, Section 3.2).
+
+    The query is learned as it is: the linear map that others put behind it would give another learned query. No MLP
+    follows; the class head begins with a LayerNorm.
+
+    Args:
+        dim: width of the tokens and of the pool.
+        num_heads: as many as the AFT's blocks have.
+    """
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Parameter(torch.zeros(1, 1, dim))
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+        nn.init.trunc_normal_(self.query, std=0.02)
+        for linear in (self.kv, self.proj):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """``(B, N, D)`` -> ``(B, D)``."""
+        b, n, d = tokens.shape
+        key, value = self.kv(tokens).view(b, n, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        query = self.query.expand(b, -1, -1).view(b, 1, self.num_heads, -1).transpose(1, 2)
+        pooled = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.proj(pooled.reshape(b, d))
+
+
 class PartCounts(dict[str, int]):
     """Parameters by part. The parts alone are its items, so that they add up; the sum is at hand beside them."""
 
@@ -139,6 +172,7 @@ class ACM(nn.Module):
         drop_path: stochastic depth rate of the last block; call ``draw_depth`` before each forward pass in training.
         activation_checkpointing: recompute each block in the backward pass.
         attention: of the AFT's blocks, one of :data:`ATTENTIONS`; the MAE module, which a teacher lacks, has it plain.
+        pooling: for the class head, one of :data:`POOLINGS`.
     """
 
     def __init__(
@@ -150,10 +184,12 @@ class ACM(nn.Module):
         drop_path: float = 0.0,
         activation_checkpointing: bool = False,
         attention: str = "plain",
+        pooling: str = "mean",
     ):
         super().__init__()
         dim = size.embed_dim
-        self.size, self.num_classes, self.grid_size, self.attention = size, num_classes, grid_size, attention
+        self.size, self.num_classes, self.grid_size = size, num_classes, grid_size
+        self.attention, self.pooling = attention, pooling
         self.embed_dim = dim
         self.activation_checkpointing = activation_checkpointing
         self.patch_embed = nn.Linear(PATCH * PATCH, dim)
@@ -169,6 +205,8 @@ class ACM(nn.Module):
         )
         self.head = nn.Sequential(nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, num_classes)) if num_classes else None
         self._initialise()
+        # Drawn last: the other weights are the same with and without it.
+        self.pool = AttentivePool(dim, size.num_heads) if num_classes and pooling == "attentive" else None
 
     def _initialise(self) -> None:
         """ViT's initialisation: truncated normal 0.02 for positions and tokens, Xavier for the linear maps."""
@@ -210,18 +248,24 @@ class ACM(nn.Module):
         """Features -> the 256 pixels of each patch, ``(B, N, 256)``."""
         return self.decoder(features)
 
-    def forward(self, spectrogram: Tensor) -> tuple[Tensor | None, Tensor]:
+    def forward(self, spectrogram: Tensor, *, frozen: bool = False) -> tuple[Tensor | None, Tensor]:
         """Classify.
 
         Args:
             spectrogram: ``(B, T, F)`` normalised fbank, ``T`` and ``F`` as ``grid_size`` says.
+            frozen: without a graph up to the features; the head still has one.
 
         Returns:
-            Logits ``(B, C)`` (None without a head) and the clip feature ``(B, D)``, the AVG pool of the features.
+            Logits ``(B, C)`` (None without a head) and the clip feature ``(B, D)``, the AVG pool of the features
+            whatever the head's pooling.
         """
         patches = patchify(spectrogram.to(self.patch_embed.weight.dtype))
-        clip = self.features(patches).mean(dim=1)
-        return (None if self.head is None else self.head(clip)), clip
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            features = self.features(patches)
+            clip = features.mean(dim=1)
+        if self.head is None:
+            return None, clip
+        return self.head(clip if self.pool is None else self.pool(features)), clip
 
     def num_parameters(self) -> PartCounts:
         """Number of parameters by part; ``["total"]`` or ``.total`` is their sum."""
@@ -231,7 +275,7 @@ class ACM(nn.Module):
             aft=sum(p.numel() for m in (self.blocks, self.norm) for p in m.parameters()),
             mae=sum(p.numel() for p in self.mae.parameters()),
             decoder=sum(p.numel() for p in self.decoder.parameters()),
-            head=0 if self.head is None else sum(p.numel() for p in self.head.parameters()),
+            head=sum(p.numel() for m in (self.pool, self.head) if m is not None for p in m.parameters()),
         )
 
 
@@ -243,6 +287,7 @@ def build_model(
     drop_path: float = 0.0,
     activation_checkpointing: bool = False,
     attention: str = "plain",
+    pooling: str = "mean",
     seed: int = 0,
 ) -> ACM:
     """Build a model with fresh weights drawn from ``seed``; the global random state is left as it was.
@@ -252,14 +297,17 @@ def build_model(
         num_classes: outputs of the class head, 0 for none.
         seconds: length of the input clips, which sets the position grid.
         attention: of the AFT's blocks, one of :data:`ATTENTIONS`.
+        pooling: for the class head, one of :data:`POOLINGS`.
 
     Raises:
-        UsageError: unknown ``size`` or ``attention``.
+        UsageError: unknown ``size``, ``attention`` or ``pooling``.
     """
     if size not in SIZES:
         raise UsageError(f"model size {size!r} is not one of {', '.join(SIZES)}")
     if attention not in ATTENTIONS:
         raise UsageError(f"model attention {attention!r} is not one of {', '.join(ATTENTIONS)}")
+    if pooling not in POOLINGS:
+        raise UsageError(f"model pooling {pooling!r} is not one of {', '.join(POOLINGS)}")
     grid_size = (num_input_frames(seconds) // PATCH, NUM_MEL_BINS // PATCH)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -270,4 +318,5 @@ def build_model(
             drop_path=drop_path,
             activation_checkpointing=activation_checkpointing,
             attention=attention,
+            pooling=pooling,
         )

@@ -88,8 +88,12 @@ class StageWork:
 def parameters(config: Config, kind: str, classes: int, teachers: tuple[str, ...]) -> Parameters:
     """Parameters of a stage; ``teachers`` are sizes of our own models."""
     with torch.device("meta"):
-        parts = build_model(config.model.size, classes, seconds=config.data.seconds).num_parameters()
-    trained = parts.total - (parts["head"] if kind == "ssl" else parts["mae"] + parts["decoder"])
+        options = {"seconds": config.data.seconds, "pooling": config.model.pooling}
+        parts = build_model(config.model.size, classes, **options).num_parameters()
+    labelled = kind != "ssl"
+    trained = parts.total - (parts["mae"] + parts["decoder"] if labelled else parts["head"])
+    if labelled and config.distill.frozen:
+        trained = parts["head"]
     own = SIZES[config.model.size].embed_dim
     width = sum(SIZES[teacher].embed_dim for teacher in teachers) or own  # several give their features side by side
     joined = own * width + width if width != own else 0  # the linear map between features of different widths
@@ -97,7 +101,8 @@ def parameters(config: Config, kind: str, classes: int, teachers: tuple[str, ...
     for size in teachers:
         with torch.device("meta"):
             frozen += build_model(size, classes, seconds=config.data.seconds).num_parameters().total
-    return Parameters(parts.total + joined, trained + joined, frozen)
+    averaged = trained + joined if labelled and config.distill.ema else 0
+    return Parameters(parts.total + joined, trained + joined, frozen, averaged)
 
 
 def work_of(config: Config, kind: str, element: int, classes: int, teachers: tuple[str, ...], clips: int) -> StageWork:
@@ -123,7 +128,8 @@ def cost_from_flops(
         work, views = flops.pretrain_step(size, seconds, **options).total, 2 + config.loss.raw_gradient
         forward += [] if config.loss.raw_gradient else [size.depth]
     else:
-        work, views = flops.distill_step(size, classes, seconds).total, 1
+        head = {"frozen": config.distill.frozen, "pooling": config.model.pooling}
+        work, views = flops.distill_step(size, classes, seconds, **head).total, int(not config.distill.frozen)
         work += sum(flops.distill_step(size, classes, seconds, teacher=teacher).teacher for teacher in teachers)
     if config.model.activation_checkpointing:  # the blocks' forward pass a second time
         work += views * flops.blocks(flops.num_tokens(seconds), size.embed_dim, size.depth)

@@ -225,7 +225,7 @@ def _engine(setting: _Setting, kind: str, teachers: tuple[str, ...], micro: int)
 
 def _module(setting: _Setting, kind: str, teachers: tuple[str, ...], slots: int) -> torch.nn.Module:
     config, model = setting.config, setting.config.model
-    options = {"seconds": config.data.seconds, "attention": model.attention}
+    options = {"seconds": config.data.seconds, "attention": model.attention, "pooling": model.pooling}
     options["activation_checkpointing"] = model.activation_checkpointing
     if kind == "ssl":
         return Pretrain(build_model(model.size, setting.classes, **options), config.loss, config.mask, slots)

@@ -27,11 +27,19 @@ BUCKET = 500_000_000
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters of a stage: of the model, those of them that are trained, and of the teacher."""
+    """Numbers of parameters of a stage.
+
+    Attributes:
+        model: all of the student's.
+        trained: those of them that are trained.
+        teacher: the teacher's.
+        averaged: those of the trained ones that have a moving average.
+    """
 
     model: int
     trained: int
     teacher: int = 0
+    averaged: int = 0
 
 
 @dataclass(frozen=True)
@@ -150,11 +158,25 @@ def _losses_bytes(n: int, dim: int, element: int, loss: LossConfig) -> float:
     return kept + (n * dim * element if number["mse"] or number["kl"] else 0.0)  # the raw view's
 
 
-def distill_bytes(size: Size, seconds: float, element: int, num_classes: int, *, checkpointing: bool = False) -> float:
+def distill_bytes(
+    size: Size,
+    seconds: float,
+    element: int,
+    num_classes: int,
+    *,
+    checkpointing: bool = False,
+    frozen: bool = False,
+    pooling: str = "mean",
+) -> float:
     """What a step of the labelled stage keeps for the backward pass, for each clip of the micro-batch."""
     n, dim = num_tokens(seconds), size.embed_dim
-    kept = n * PIXELS * element + blocks_bytes(n, dim, size.depth, size.num_heads, element, checkpointing)
-    return kept + n * (dim + 2) * element + 3.0 * dim * element + 3.0 * 4.0 * num_classes
+    kept = 2.0 * dim * element + 3.0 * 4.0 * num_classes
+    if not frozen:
+        kept += n * PIXELS * element + blocks_bytes(n, dim, size.depth, size.num_heads, element, checkpointing)
+        kept += n * (dim + 2) * element
+    if pooling == "attentive":  # the features, keys and values; query, pooled and projected; log-sum-exp
+        kept += 3.0 * n * dim * element + 2.0 * dim * element + 4.0 * size.num_heads
+    return kept
 
 
 def workspace_bytes(size: Size, tokens: float, element: int, checkpointing: bool) -> float:
@@ -180,8 +202,12 @@ def stage_bytes(kind: str, config: Config, element: int, num_classes: int) -> tu
         kept = pretrain_bytes(size, seconds, element, config.loss, inter_ratio=ratio, checkpointing=again)
         views = n * PIXELS * (2 * 4.0 + 2.0)  # raw and intra in float32, the intra mask before and after its cutting
         return kept + simam_kept, workspace_bytes(size, 2 * n, element, again) + views + simam_again
-    kept = distill_bytes(size, seconds, element, num_classes, checkpointing=again)
+    frozen = config.distill.frozen
+    options = {"checkpointing": again, "frozen": frozen, "pooling": config.model.pooling}
+    kept = distill_bytes(size, seconds, element, num_classes, **options)
     spectrogram = n * PIXELS * 4.0  # the augmented one
+    if frozen:  # a block's forward pass alone
+        return kept, workspace_bytes(size, n, element, checkpointing=False) + spectrogram
     return kept + simam_kept, workspace_bytes(size, n, element, again) + spectrogram + simam_again
 
 
@@ -194,20 +220,21 @@ def batch_bytes(seconds: float, waveform: bool) -> float:
 def model_bytes(parameters: Parameters, zero: Zero, ranks: int) -> dict[str, float]:
     """Weights, gradients, optimizer and buckets on one of ``ranks`` GPUs.
 
-    Adam has two moments in float32. Stages 1 to 3 keep a float32 copy of the trained weights too, also in fp32, and all
-    three are divided over the ranks; so are the gradients from stage 2 on and the weights in stage 3, which gathers
-    them for a step. The bucket is allocated whole.
+    Adam has two moments in float32, and a moving average of the weights is a third of the kind. Stages 1 to 3 keep a
+    float32 copy of the trained weights too, also in fp32, and all of these are divided over the ranks; so are the
+    gradients from stage 2 on and the weights in stage 3, which gathers them for a step. The bucket is allocated whole.
     """
     p, e, share = parameters.trained, zero.element, 1.0 / ranks
+    average = 4.0 * parameters.averaged
     buckets = zero.bucket * e * (2.0 if zero.overlap else 1.0) if zero.contiguous else 0.0
     if zero.stage == 0:
-        return {"weights": parameters.model * e, "gradients": p * e, "optimizer": 8.0 * p, "buckets": p * e}
+        return {"weights": parameters.model * e, "gradients": p * e, "optimizer": 8.0 * p + average, "buckets": p * e}
     weights = parameters.model * e
     if zero.stage == 3:
         # The share, and all of them while they are in use: a model of this size stays gathered in a step.
         weights, buckets = weights * (share + 1.0), zero.bucket * e
     gradients = p * e * (1.0 if zero.stage == 1 else share)
-    return {"weights": weights, "gradients": gradients, "optimizer": 12.0 * p * share, "buckets": buckets}
+    return {"weights": weights, "gradients": gradients, "optimizer": (12.0 * p + average) * share, "buckets": buckets}
 
 
 def memory(

@@ -18,7 +18,7 @@ class Pretrain(nn.Module):
     """One step of multi-dimensional self-supervision.
 
     Args:
-        model: the model; its class head takes no part.
+        model: the model; its class head, and the pooling of that, take no part.
         loss, mask: the [loss] and [mask] sections of the configuration.
         slots: clips per rank in a full batch, see :func:`fastsskd.losses.contrast`.
 
@@ -32,8 +32,9 @@ class Pretrain(nn.Module):
         self.pooled: Tensor | None = None
         for parameter in model.parameters():
             parameter.requires_grad_(True)
-        if model.head is not None:
-            model.head.requires_grad_(False)
+        for part in (model.head, model.pool):
+            if part is not None:
+                part.requires_grad_(False)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Formula 10 on one batch.

@@ -21,6 +21,7 @@ from fastsskd.evaluate import mean_scores, summarise
 from fastsskd.figures import draw_views
 from fastsskd.loader import Loader
 from fastsskd.model import ACM
+from fastsskd.moving_average import MovingAverage
 from fastsskd.run_folder import RunFolder
 from fastsskd.selection import Selection
 from fastsskd.stage_parts import StageParts
@@ -136,8 +137,16 @@ class Recipe:
         self.folder.say(f"{stage.name}: loads {loader.describe()}")
         engine = self.parts.engine(stage, module, resolved)
         selection = Selection(self.config.distill, self._evaluate_state)
+        decay = self.config.distill.ema if stage.kind != "ssl" else 0.0
+        if decay:
+            engine_state.keep_average(engine)
         start = self._resume(stage, engine, loader, selection)
+        average = MovingAverage(engine, decay) if decay else None
         self.folder.begin_stage(stage.name, start)
+
+        def current() -> dict[str, torch.Tensor]:
+            with average.in_place() if average else contextlib.nullcontext():
+                return engine_state.full_state(engine, untrained)
 
         def on_log(log: Log) -> None:
             self.folder.log(stage.name, plan, log, engine.monitor)
@@ -150,9 +159,11 @@ class Recipe:
             self.folder.log_bad_step(stage.name, bad)
 
         def on_step(step: int, stopping: bool) -> None:
+            if average:
+                average.update()
             epoch, inside = divmod(step, plan.steps_per_epoch)
             if not inside and stage.kind == "distill" and selection.wants(epoch):
-                selection.add(epoch, engine_state.full_state(engine, untrained))
+                selection.add(epoch, current())
                 engine.train()
             every = self.config.run.checkpoint_every
             due = every and step % every == 0 and step < plan.total_steps
@@ -168,17 +179,18 @@ class Recipe:
         finally:
             self.skipped.update(loader.skipped)
             loader.close()
-        state = selection.result(engine_state.full_state(engine, untrained))
-        model, is_first = self.folder.model(stage.name), distributed.rank() == 0
-        checkpoint.write_together(
-            lambda: weights.save_model(model, state, self.parts.info()) if is_first else None, model
-        )
-        if is_first and stage.kind == "ssl":
-            draw_views(model, self.data.evaluation, self.config.mask, self.folder.plots)
+        self._export(stage, selection.result(current()))
         engine.destroy()
         distributed.barrier()
         self.folder.note_trained(stage.name, selection.note, self.skipped)
         return selection.note
+
+    def _export(self, stage: Stage, state: dict[str, torch.Tensor]) -> None:
+        """Write the model that a stage leaves behind; after Multi-SSL also pictures of what it makes of some clips."""
+        model, info, is_first = self.folder.model(stage.name), self.parts.info(), distributed.rank() == 0
+        checkpoint.write_together(lambda: weights.save_model(model, state, info) if is_first else None, model)
+        if is_first and stage.kind == "ssl":
+            draw_views(model, self.data.evaluation, self.config.mask, self.folder.plots)
 
     def _save(self, stage: Stage, engine: Any, step: int, loader: Loader, selection: Selection) -> None:
         done = sum(self.parts.plan(s).total_steps for s in self.stages[: self.stages.index(stage)])

@@ -33,7 +33,7 @@ def build_optimizer(module: nn.Module, stage: StageConfig, optim: OptimConfig) -
             continue
         # ZeRO-3 leaves empty placeholders, whose own shape says nothing; ds_shape is the whole parameter's.
         dims = len(getattr(parameter, "ds_shape", parameter.shape))
-        decays = dims > 1 and not name.endswith(("pos_embed", "mask_token"))
+        decays = dims > 1 and not name.endswith(("pos_embed", "mask_token", "pool.query"))
         kind, index = _layer(name)
         distance = {"embed": depth + 1, "block": depth - index, "top": 0}[kind]
         key = (stage.layer_decay**distance, decays)

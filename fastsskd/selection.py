@@ -16,7 +16,7 @@ class Selection:
     """Watches the ends of epochs of one stage; every rank has one and all see the same.
 
     Args:
-        config: ``select`` and ``average_epochs``.
+        config: ``select``, ``average_epochs`` and ``ema``.
         evaluate: metrics of a state on the evaluation set; only called for ``select = "best"``.
     """
 
@@ -24,6 +24,8 @@ class Selection:
         self.config, self.evaluate = config, evaluate
         self.kept: State = {}  # best: the best epoch's weights; average: the sum of the last epochs'
         self.note: dict[str, Any] = {"select": config.select, "epochs": []}
+        if config.ema:
+            self.note["ema"] = config.ema
 
     def wants(self, epoch: int) -> bool:
         """Whether the weights at the end of ``epoch`` (counted from 1) are needed; gathering them costs time."""
@@ -32,7 +34,7 @@ class Selection:
         return self.config.select == "best"
 
     def add(self, epoch: int, state: State) -> None:
-        """Take the whole float32 weights at the end of ``epoch``."""
+        """Take the whole float32 weights at the end of ``epoch``, or their moving average if the stage keeps one."""
         if self.config.select == "average":
             self.kept = {name: self.kept[name] + value for name, value in state.items()} if self.kept else state
             self.note["epochs"].append(epoch)

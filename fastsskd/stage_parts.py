@@ -91,6 +91,7 @@ class StageParts:
             drop_path=drop_path,
             activation_checkpointing=options.activation_checkpointing,
             attention=options.attention,
+            pooling=options.pooling,
             seed=self.config.run.seed,
         )
 
@@ -192,6 +193,7 @@ class StageParts:
             data.mean,
             data.std,
             attention=self.config.model.attention,
+            pooling=self.config.model.pooling,
         )
 
     def try_init(self) -> None:

@@ -30,7 +30,7 @@ def starting_weights(
     """What ``model`` would take from a file, whatever the clip length and classes of the file's model.
 
     The position grid is interpolated where its size differs. The class head of a model of ours is left out when its
-    classes are not ``classes`` (None: when their number differs).
+    classes are not ``classes`` (None: when their number differs), and with its pooling when that is another one.
 
     Args:
         model: on any device; it is only looked at.
@@ -82,8 +82,9 @@ def _weights_of_ours(model: ACM, file: Path, classes: tuple[str, ...] | None) ->
     other_classes = classes is not None and tuple(classes) != tuple(info.classes)
     for name, value in state.items():
         fits = name in own and own[name].shape == value.shape
-        if name.startswith("head.") and (other_classes or not fits):
-            report.add("ignored", name, (name,), "for other classes" if model.num_classes else "no head here")
+        why = _unfit_for_the_head(name, fits, model, info.pooling, other_classes)
+        if why:
+            report.add("ignored", name, (name,), why)
             continue
         if name == "pos_embed" and not fits and value.shape[2:] == own[name].shape[2:]:
             grid = value.shape[1] // MEL_PATCHES, MEL_PATCHES
@@ -96,7 +97,18 @@ def _weights_of_ours(model: ACM, file: Path, classes: tuple[str, ...] | None) ->
         report.add("loaded", name, (name,))
     for name in own:
         if name not in take:
-            if not name.startswith("head."):
+            if not name.startswith(("head.", "pool.")):
                 raise InputError(f"checkpoint {file}: lacks {name}; the file is damaged")
             report.add("missing", name, note="fresh")
     return take, report
+
+
+def _unfit_for_the_head(name: str, fits: bool, model: ACM, pooling: str, other_classes: bool) -> str:
+    """Why a weight of the file's head, or of its pooling, cannot be taken; "" for those that can, and all others."""
+    if not name.startswith(("head.", "pool.")):
+        return ""
+    if not model.num_classes:
+        return "no head here"
+    if pooling != model.pooling:
+        return "for another pooling"
+    return "for other classes" if name.startswith("head.") and (other_classes or not fits) else ""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastsskd import __version__
 from fastsskd.errors import InputError
-from fastsskd.model import ACM, ATTENTIONS, SIZES, build_model
+from fastsskd.model import ACM, ATTENTIONS, POOLINGS, SIZES, build_model
 
 MODEL_FILE = "model.safetensors"
 
@@ -34,6 +34,7 @@ class ModelInfo:
         mean, std: normalisation of its input.
         sample_rate: Hz of the waveforms its features come from.
         attention: of its blocks, one of ``fastsskd.model.ATTENTIONS``.
+        pooling: of the tokens, for its class head: one of ``fastsskd.model.POOLINGS``.
     """
 
     size: str
@@ -44,6 +45,7 @@ class ModelInfo:
     std: float
     sample_rate: int = 16000
     attention: str = "plain"
+    pooling: str = "mean"
 
 
 def model_file(path: str | Path) -> Path:
@@ -90,7 +92,8 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[AC
 
 def fresh_model(info: ModelInfo) -> ACM:
     """A model as ``info`` describes it, with fresh weights."""
-    return build_model(info.size, len(info.classes), seconds=info.seconds, attention=info.attention)
+    options = {"attention": info.attention, "pooling": info.pooling}
+    return build_model(info.size, len(info.classes), seconds=info.seconds, **options)
 
 
 def is_model_file(path: str | Path) -> bool:
@@ -119,13 +122,13 @@ def _read_info(file: Path, text: str) -> ModelInfo:
     """The description in a model file's header: the fields of :class:`ModelInfo`, all but what older files lack."""
     number = (int, float)
     kinds = {"size": str, "classes": list, "multi_label": bool, "seconds": number, "mean": number, "std": number}
-    kinds |= {"sample_rate": int, "version": str, "attention": str}
+    kinds |= {"sample_rate": int, "version": str, "attention": str, "pooling": str}
     try:
         about = json.loads(text)
     except ValueError:
         about = None
     if isinstance(about, dict):
-        about.setdefault("attention", "plain")
+        about = {"attention": "plain", "pooling": "mean", **about}
     known = isinstance(about, dict) and set(about) == set(kinds)
     if not known or not all(isinstance(about[name], kind) for name, kind in kinds.items()):
         raise InputError(
@@ -135,6 +138,8 @@ def _read_info(file: Path, text: str) -> ModelInfo:
         raise InputError(f"checkpoint {file}: model size {about['size']!r} is not known to this version")
     if about["attention"] not in ATTENTIONS:
         raise InputError(f"checkpoint {file}: attention {about['attention']!r} is not known to this version")
+    if about["pooling"] not in POOLINGS:
+        raise InputError(f"checkpoint {file}: pooling {about['pooling']!r} is not known to this version")
     del about["version"]
     return ModelInfo(**{**about, "classes": tuple(about["classes"])})
 

@@ -192,3 +192,68 @@ def overflow_at_the_smallest_loss_scale() -> None:
     own.backward(own(torch.randn(4, 7), torch.randn(4, 3)) * 1e3)
     with pytest.raises(InputError, match="the smallest loss scale"):
         _optimize(own)
+
+
+DECAY = 0.7
+
+
+def follow_and_save(folder: str) -> None:
+    """Each kind: train with a moving average and meet a NaN, save, train on. Writes all weights and averages."""
+    from fastsskd import distributed, engine_state
+    from fastsskd.moving_average import MovingAverage
+
+    start()
+    ranks, found = distributed.world_size(), {}
+    for kind in KINDS:
+        own = engine(kind)
+        engine_state.keep_average(own)
+        average = MovingAverage(own, DECAY)
+        seen = [_weights(own, average)]
+        for number in range(2 * STEPS):
+            if number == STEPS:
+                target = Path(folder, f"{ranks} {kind}")
+                target.mkdir(exist_ok=True)
+                engine_state.save(own, target)
+                (target / f"about{distributed.rank()}.json").write_text(json.dumps(engine_state.describe(own)))
+            step(own, number, spoil=(lambda loss: loss * float("nan")) if number == 1 else lambda loss: loss)
+            average.update()
+            seen.append({"good": not getattr(own.optimizer, "overflow", False), **_weights(own, average)})
+        found[kind] = seen
+        own.destroy()
+    _write(Path(folder, f"followed by {ranks}.json"), found)
+
+
+def load_and_follow(folder: str) -> None:
+    """Resume as :func:`pairs` says: the weights and averages after the steps that follow."""
+    from fastsskd import distributed, engine_state
+    from fastsskd.moving_average import MovingAverage
+
+    start()
+    ranks, found = distributed.world_size(), {}
+    for saved_kind, kind, same_ranks in pairs():
+        saved = Path(folder, f"{ranks if same_ranks else 3 - ranks} {saved_kind}")
+        own = engine(kind)
+        engine_state.keep_average(own)
+        engine_state.load(own, sorted(saved.glob("*.safetensors")), json.loads((saved / "about0.json").read_text()))
+        average = MovingAverage(own, DECAY)
+        begin = _weights(own, average)
+        for number in range(STEPS, 2 * STEPS):
+            step(own, number)
+            average.update()
+        found[f"{saved.name} -> {ranks} {kind}"] = [begin, _weights(own, average)]
+        own.destroy()
+    _write(Path(folder, f"went on by {ranks}.json"), found)
+
+
+def _weights(own, average) -> dict:
+    """The exported weights and their average, each as one list; and that a look at the average leaves no trace."""
+    from fastsskd import engine_state
+
+    def flat() -> list[float]:
+        return torch.cat([value.flatten() for value in engine_state.full_state(own, {}).values()]).tolist()
+
+    weights = flat()
+    with average.in_place():
+        averaged = flat()
+    assert flat() == weights
+    return {"weights": weights, "average": averaged}

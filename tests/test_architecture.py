@@ -29,9 +29,9 @@ FLOORS = (
     "shards stochastic_depth health schedule stages plan_memory plan_cost plan_loader plan_measured plan",
     "views weights imagenet starting",
     "pretrain distill teachers",
-    "engine selection checkpoint evaluate predict check figures progress run_folder stage_parts moving_average report recipe "
-    "pack_folder engine_state pack_clip pack_report pack_job pack answer_folder teach plan_measure plan_job plan_report "
-    "job_pool many_runs",
+    "engine selection checkpoint evaluate predict check figures progress run_folder stage_parts moving_average report "
+    "recipe pack_folder engine_state pack_clip pack_report pack_job pack answer_folder teach plan_measure plan_job "
+    "plan_report job_pool many_runs",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 

@@ -291,6 +291,38 @@ def test_what_ssl_froze_learns_again(make_model):
     assert model.head[1].weight.requires_grad and model.pos_embed.requires_grad
 
 
+@pytest.mark.parametrize("pooling", ["mean", "attentive"])
+def test_a_frozen_encoder_leaves_the_head_alone_to_learn(make_model, make_batch, pooling):
+    model, batch = used_model(make_model, pooling=pooling), make_batch()
+    expected = make_distill(model)(batch)[0].item()
+    module = make_distill(model, frozen=True)
+    loss, _ = module(batch)
+    assert loss.item() == expected
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        learns = name.startswith(("head.", "pool."))
+        assert parameter.requires_grad == learns, name
+        assert (parameter.grad != 0).any() if learns and name != "pool.kv.bias" else parameter.grad is None or learns
+
+
+def test_a_linear_probe_is_multinomial_regression_on_the_clip_features(make_model, make_batch):
+    """The gradient of the head's bias is the mean of (probability - label), whatever the features."""
+    model, batch = used_model(make_model), make_batch()
+    make_distill(model, frozen=True)(batch)[0].backward()
+    with torch.no_grad():
+        logits, clip = model(batch.fbank)
+        error = (logits.softmax(-1) - one_hot(batch)) / len(batch)
+        torch.testing.assert_close(model.head[1].bias.grad, error.sum(0))
+        torch.testing.assert_close(model.head[1].weight.grad, error.T @ model.head[0](clip))
+
+
+def test_a_teacher_s_scores_teach_a_frozen_student_s_head(make_model, make_batch):
+    model = used_model(make_model)
+    module = make_distill(model, teacher=own_teacher(make_model), frozen=True, gamma=0.0)
+    _, metrics = module(make_batch(waveform=True))
+    assert set(metrics) == {"label", "teacher_label"}
+
+
 # ------------------------------------------------------------------------------------------------------------- conduct
 
 

@@ -50,6 +50,17 @@ def test_a_step_of_the_labelled_stage(make_model, make_batch, with_teacher):
     assert counter.get_total_flops() / len(batch) == pytest.approx(expected.total, rel=0.02)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("pooling", ["mean", "attentive"])
+def test_heads(make_model, make_batch, frozen, pooling):
+    torch.manual_seed(0)
+    model, batch = make_model("micro", pooling=pooling), make_batch()
+    expected = flops.distill_step("micro", 4, SECONDS, frozen=frozen, pooling=pooling)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(batch.fbank, frozen=frozen)[0].sum().backward()
+    assert counter.get_total_flops() / len(batch) == pytest.approx(expected.total, rel=0.002)
+
+
 def test_the_papers_size():
     """By hand: 512 tokens, 12 blocks of 24 D^2 + 4 N D."""
     aft = 512 * 12 * (24 * 768**2 + 4 * 512 * 768)

@@ -245,6 +245,91 @@ def test_an_unknown_attention_is_a_usage_error():
         build_model("nano", 2, attention="flash")
 
 
+# ------------------------------------------------------------------------------------------------------------ pooling
+
+
+@torch.no_grad()
+def textbook_pool(pool, tokens, heads: int):
+    """The query's attention over the tokens of each clip, head by head, in float64."""
+    d = tokens.shape[2]
+    weight, bias = pool.kv.weight.double(), pool.kv.bias.double()
+    key = tokens.double() @ weight[:d].T + bias[:d]
+    value = tokens.double() @ weight[d:].T + bias[d:]
+    pooled = []
+    for head in range(heads):
+        own = slice(head * d // heads, (head + 1) * d // heads)
+        score = (key[:, :, own] * pool.query[0, 0, own].double()).sum(-1) / math.sqrt(d / heads)
+        share = score.exp() / score.exp().sum(1, keepdim=True)
+        pooled.append((share[:, :, None] * value[:, :, own]).sum(1))
+    return torch.cat(pooled, dim=1) @ pool.proj.weight.double().T + pool.proj.bias.double()
+
+
+def test_attentive_pooling_is_one_query_s_attention(make_model, make_batch):
+    model, batch = make_model("micro", pooling="attentive").eval(), make_batch()
+    with torch.no_grad():
+        for parameter in model.pool.parameters():
+            parameter.add_(0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
+        features = model.features(patchify(batch.fbank))
+        expected = textbook_pool(model.pool, features, 3)
+        torch.testing.assert_close(model.pool(features).double(), expected, rtol=1e-4, atol=1e-4)
+        logits, clip = model(batch.fbank)
+        torch.testing.assert_close(logits, model.head(expected.float()), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(clip, features.mean(1))
+
+
+def test_attentive_pooling_and_torch_s_own_attention_agree(make_model):
+    """nn.MultiheadAttention with a query that no map changes."""
+    pool = make_model(pooling="attentive").pool
+    other = torch.nn.MultiheadAttention(64, 2, batch_first=True)
+    tokens = torch.randn(3, 7, 64, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        other.in_proj_weight.copy_(torch.cat([torch.eye(64), pool.kv.weight]))
+        other.in_proj_bias.copy_(torch.cat([torch.zeros(64), pool.kv.bias]))
+        other.out_proj.load_state_dict(pool.proj.state_dict())
+        expected, _ = other(pool.query.expand(3, 1, 64), tokens, tokens)
+        torch.testing.assert_close(pool(tokens), expected[:, 0])
+
+
+def test_the_order_of_the_tokens_does_not_matter_to_the_pool(make_model):
+    pool = make_model(pooling="attentive").pool
+    tokens = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(1))
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(pool(tokens), pool(tokens[:, order]))
+
+
+def test_the_other_weights_do_not_know_the_pooling(make_model, make_batch):
+    mean, attentive = make_model(seed=5), make_model(pooling="attentive", seed=5)
+    state = attentive.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in mean.state_dict().items())
+    assert {name.split(".")[0] for name in state.keys() - mean.state_dict().keys()} == {"pool"}
+    with torch.no_grad():
+        assert torch.equal(mean.eval()(make_batch().fbank)[1], attentive.eval()(make_batch().fbank)[1])
+    parts, plain = attentive.num_parameters(), mean.num_parameters()
+    assert parts["head"] - plain["head"] == parts.total - plain.total == 3 * 64**2 + 4 * 64
+
+
+def test_no_head_has_no_pool(make_model):
+    assert make_model(num_classes=0, pooling="attentive").pool is None
+
+
+def test_an_unknown_pooling_is_a_usage_error():
+    with pytest.raises(UsageError, match="'max' is not one of mean, attentive"):
+        build_model("nano", 2, pooling="max")
+
+
+@pytest.mark.parametrize("pooling", ["mean", "attentive"])
+def test_a_frozen_pass_has_a_graph_for_the_head_alone(make_model, make_batch, pooling):
+    model, fbank = make_model(pooling=pooling), make_batch().fbank
+    free, frozen = model(fbank), model(fbank, frozen=True)
+    assert torch.equal(free[0], frozen[0]) and torch.equal(free[1], frozen[1])
+    assert not frozen[1].requires_grad and free[1].requires_grad
+    frozen[0].square().sum().backward()
+    learns = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert learns == ({"head"} if pooling == "mean" else {"head", "pool"})
+    with torch.no_grad():
+        assert not model(fbank, frozen=True)[0].requires_grad
+
+
 # --------------------------------------------------------------------------------------------------------- MAE module
 
 

@@ -176,6 +176,19 @@ def test_parameters_of_a_stage(audioset):
     joined = 768 * SIZES["nano"].embed_dim + SIZES["nano"].embed_dim
     assert labelled.trained == 92_166_415 - 3_554_560 - 2_558_464 + joined
     assert 0 < labelled.teacher < 1_000_000 and ssl.teacher == 0
+    assert ssl.averaged == labelled.averaged == 0
+
+
+def test_parameters_of_a_linear_probe_and_a_moving_average(audioset):
+    probe = replace(audioset, distill=replace(audioset.distill, frozen=True))
+    assert plan_cost.parameters(probe, "distill", 527, ()).trained == 406_799
+    assert plan_cost.parameters(probe, "ssl", 527, ()) == plan_cost.parameters(audioset, "ssl", 527, ())
+    attentive = replace(probe, model=replace(probe.model, pooling="attentive"))
+    assert plan_cost.parameters(attentive, "distill", 527, ()).trained == 406_799 + 3 * 768**2 + 4 * 768
+    averaged = replace(audioset, distill=replace(audioset.distill, ema=0.999))
+    found = plan_cost.parameters(averaged, "distill", 527, ("nano",))
+    assert found.averaged == found.trained > 0
+    assert plan_cost.parameters(averaged, "ssl", 527, ()).averaged == 0
 
 
 def test_loader_costs(tmp_path):

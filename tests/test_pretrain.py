@@ -184,11 +184,11 @@ def test_every_part_but_the_class_head_learns(make_model, make_batch):
 
 def test_a_head_frozen_for_ssl_and_the_rest_thawed_after_labels(make_model):
     """The same weights go from stage to stage: what the last stage froze must learn again."""
-    model = make_model()
+    model = make_model(pooling="attentive")
     model.requires_grad_(False)
     Pretrain(model, LossConfig(), MASK)
     assert {name for name, p in model.named_parameters() if not p.requires_grad} == {
-        name for name, _ in model.named_parameters() if name.startswith("head.")
+        name for name, _ in model.named_parameters() if name.startswith(("head.", "pool."))
     }
     Pretrain(make_model(num_classes=0), LossConfig(), MASK)  # a set without labels has no head to freeze
 

@@ -81,6 +81,14 @@ def test_vectors_positions_and_tokens_do_not_decay(module):
             assert found[name]["weight_decay"] == (0.0 if free else 0.07), name
 
 
+def test_the_query_of_attentive_pooling_is_a_token_and_trains_at_the_top(make_model):
+    model = make_model(pooling="attentive")
+    found = groups_by_name(model, build_optimizer(model, StageConfig(layer_decay=0.5), OptimConfig()))
+    decays = {name: group["weight_decay"] > 0 for name, group in found.items() if name.startswith("pool.")}
+    assert decays == {name: name in ("pool.kv.weight", "pool.proj.weight") for name in decays} and len(decays) == 5
+    assert all(found[name]["lr_scale"] == 1.0 for name in decays)
+
+
 def test_layer_decay_counts_from_the_head_down(module):
     found = groups_by_name(module, build_optimizer(module, StageConfig(layer_decay=0.5), OptimConfig()))
     for name, group in found.items():

@@ -36,3 +36,7 @@ def test_average_over_more_epochs_than_there_are():
 def test_best_epoch_is_the_first_with_the_highest_score_and_says_so():
     selection, value = run(DistillConfig(epochs=4, select="best"), scores=[0.2, 0.7, 0.7, 0.5])
     assert value == 2.0 and selection.note == {"select": "best", "epochs": [2], "value": 0.7}
+
+
+def test_a_moving_average_is_noted():
+    assert run(DistillConfig(epochs=1, ema=0.99))[0].note == {"select": "last", "epochs": [], "ema": 0.99}

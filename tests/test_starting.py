@@ -101,6 +101,31 @@ def test_another_attention_takes_the_same_weights_and_says_so(saved, make_model)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in source.state_dict().items())
 
 
+def test_attentive_pooling_is_taken_along(tmp_path, make_model):
+    """With its head where the classes are the same, and to other classes without it."""
+    source, path = make_model(pooling="attentive", seed=3), tmp_path / "m.safetensors"
+    save_model(path, source.state_dict(), dataclasses.replace(INFO, pooling="attentive"))
+    for classes, ignored in ((CLASSES, set()), (("a", "b", "c", "d"), HEAD)):
+        model = make_model(pooling="attentive", seed=9)
+        report = initialise(model, path, classes)
+        accounted(report, model, source.state_dict())
+        assert set(report.names("ignored")) == set(report.names("missing")) == ignored
+        assert torch.equal(model.pool.query, source.pool.query)
+
+
+@pytest.mark.parametrize(("before", "after"), [("mean", "attentive"), ("attentive", "mean")])
+def test_a_head_for_another_pooling_stays_behind(tmp_path, make_model, before, after):
+    source, path = make_model(pooling=before, seed=3), tmp_path / "m.safetensors"
+    save_model(path, source.state_dict(), dataclasses.replace(INFO, pooling=before))
+    model, fresh = make_model(pooling=after, seed=9), make_model(pooling=after, seed=9).state_dict()
+    report = initialise(model, path, CLASSES)
+    accounted(report, model, source.state_dict())
+    own = {name for name in model.state_dict() if name.startswith(("head.", "pool."))}
+    assert set(report.names("missing")) == own and set(report.names("ignored")) >= HEAD
+    assert all(torch.equal(model.state_dict()[name], fresh[name]) for name in own)
+    assert "for another pooling" in report.table()
+
+
 def test_a_look_into_the_file_needs_no_model_in_memory(saved, make_model):
     _, path = saved
     with torch.device("meta"):

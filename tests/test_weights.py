@@ -120,6 +120,22 @@ def test_the_attention_comes_back(tmp_path, make_model, make_batch):
         assert not torch.allclose(loaded(fbank)[0], plain(fbank)[0], atol=1e-3)
 
 
+def test_a_file_from_before_there_was_a_choice_of_pooling_has_the_mean(saved, tmp_path):
+    model, _ = saved
+    about = {**ABOUT, "classes": list(CLASSES), "seconds": 0.96, "attention": "plain"}
+    save_file(model.state_dict(), tmp_path / "old.safetensors", {"fastsskd": json.dumps(about)})
+    loaded, info = load_model(tmp_path / "old.safetensors")
+    assert info.pooling == loaded.pooling == "mean"
+
+
+def test_the_pooling_comes_back(tmp_path, make_model, make_batch):
+    model, fbank = make_model(pooling="attentive", seed=3).eval(), make_batch().fbank
+    save_model(tmp_path / "m.safetensors", model.state_dict(), dataclasses.replace(INFO, pooling="attentive"))
+    loaded, info = load_model(tmp_path / "m.safetensors")
+    with torch.no_grad():
+        assert info.pooling == "attentive" and torch.equal(loaded(fbank)[0], model(fbank)[0])
+
+
 # --------------------------------------------------------------------------------------------------- bad input, refused
 
 
