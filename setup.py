@@ -44,6 +44,8 @@ setup(
         "cuda12": ["nvidia-dali-cuda120>=1.50,<2.5"],
         # For `fastsskd pack`: m4a, mp4, webm, mkv, wma, ... Its wheels bring FFmpeg with them.
         "formats": ["av>=16,<19"],
+        # For `fastsskd export --onnx`; onnxruntime checks what was written.
+        "onnx": ["onnx>=1.18,<2", "onnxscript>=0.5,<1", "onnxruntime>=1.20,<2"],
         "test": [
             "pytest>=8,<10",
             "hypothesis>=6.100,<7",
@@ -51,6 +53,11 @@ setup(
             "av>=16,<19",
             "webdataset>=0.2.100,<2",
             "transformers>=5,<6",
+            "jsonschema>=4.20,<5",
+            "mypy>=1.15,<3",
+            "onnx>=1.18,<2",
+            "onnxscript>=0.5,<1",
+            "onnxruntime>=1.20,<2",
         ],
     },
     entry_points={"console_scripts": ["fastsskd=fastsskd.cli:main"]},

@@ -6,10 +6,24 @@ import argparse
 import sys
 
 from fastsskd import __version__
-from fastsskd.commands import check, evaluate, index, pack, plan, stats, teach
+from fastsskd.commands import (
+    check,
+    completion,
+    config,
+    embed,
+    evaluate,
+    export,
+    index,
+    pack,
+    plan,
+    predict,
+    profile,
+    stats,
+    teach,
+)
 from fastsskd.errors import InputError
 
-COMMANDS = (index, check, stats, pack, evaluate, teach, plan)
+COMMANDS = (index, check, stats, pack, evaluate, predict, embed, export, teach, plan, profile, config, completion)
 """In the order of ``fastsskd --help``."""
 
 

@@ -332,8 +332,3 @@ def _toml_value(value: Any) -> str:
         return "[" + ", ".join(_toml_value(v) for v in value) + "]"
     # TOML's booleans, numbers and basic strings are JSON's, but for surrogate pairs and a raw DEL.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def describe() -> str:
-    """Every field, its default and its meaning: the text below ``launch/train.py --help``."""
-    return to_toml(Config())

@@ -35,6 +35,7 @@ class ModelInfo:
         sample_rate: Hz of the waveforms its features come from.
         attention: of its blocks, one of ``fastsskd.model.ATTENTIONS``.
         pooling: of the tokens, for its class head: one of ``fastsskd.model.POOLINGS``.
+        licence: of the weights, in words or as an SPDX name; "" = none was given.
     """
 
     size: str
@@ -46,6 +47,7 @@ class ModelInfo:
     sample_rate: int = 16000
     attention: str = "plain"
     pooling: str = "mean"
+    licence: str = ""
 
 
 def model_file(path: str | Path) -> Path:
@@ -62,13 +64,13 @@ def model_file(path: str | Path) -> Path:
     return file
 
 
-def save_model(path: str | Path, state: dict[str, Tensor], info: ModelInfo) -> None:
+def save_model(path: str | Path, state: dict[str, Tensor], info: ModelInfo, dtype: torch.dtype = torch.float32) -> None:
     """Write a model file; it appears whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     metadata = {"format": "pt", "fastsskd": json.dumps({**asdict(info), "version": __version__})}
-    save_file({k: v.detach().float().cpu().contiguous() for k, v in state.items()}, temporary, metadata)
+    save_file({k: v.detach().to(dtype).cpu().contiguous() for k, v in state.items()}, temporary, metadata)
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -122,13 +124,13 @@ def _read_info(file: Path, text: str) -> ModelInfo:
     """The description in a model file's header: the fields of :class:`ModelInfo`, all but what older files lack."""
     number = (int, float)
     kinds = {"size": str, "classes": list, "multi_label": bool, "seconds": number, "mean": number, "std": number}
-    kinds |= {"sample_rate": int, "version": str, "attention": str, "pooling": str}
+    kinds |= {"sample_rate": int, "version": str, "attention": str, "pooling": str, "licence": str}
     try:
         about = json.loads(text)
     except ValueError:
         about = None
     if isinstance(about, dict):
-        about = {"attention": "plain", "pooling": "mean", **about}
+        about = {"attention": "plain", "pooling": "mean", "licence": "", **about}
     known = isinstance(about, dict) and set(about) == set(kinds)
     if not known or not all(isinstance(about[name], kind) for name, kind in kinds.items()):
         raise InputError(

@@ -7,6 +7,7 @@ numba version beside it that gives the same numbers. Nothing here reads a file, 
 from fastsskd_kernels.backend import resolve_backend
 from fastsskd_kernels.crop import crop_or_loop, crop_start, downmix
 from fastsskd_kernels.fbank import fbank
+from fastsskd_kernels.fbank_matrix import fbank_matrices
 from fastsskd_kernels.features import features, pad_frames, padded_frames
 from fastsskd_kernels.flac import FLAC_PADDING, decode_flac
 from fastsskd_kernels.hog import hog, hog_patch_mean
@@ -28,6 +29,7 @@ __all__ = [
     "derive_seeds",
     "downmix",
     "fbank",
+    "fbank_matrices",
     "features",
     "has_device_form",
     "hog",

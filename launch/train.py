@@ -10,31 +10,44 @@ import errno
 import os
 import sys
 
-from fastsskd import config, ds_config
+from fastsskd import config, config_help, ds_config
 from fastsskd.errors import InputError, SharedError
+
+EXAMPLES = """\
+examples:
+  deepspeed launch/train.py --ds_config launch/ds_config.json --config launch/configs/quickstart.toml
+  deepspeed launch/train.py --ds_config launch/ds_config_a100.json --config launch/configs/esc50.toml \\
+      --set data.manifest=my.manifest --set run.out=runs/mine --resume
+  python launch/train.py --config launch/configs/esc50.toml --set model.size=small --print-config
+"""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Train: Multi-SSL, then labels and distillation, iterated; evaluate; write RUN/result.json.",
-        epilog="Fields of the TOML, with their defaults:\n\n" + config.describe(),
+        epilog=EXAMPLES + "\nFields of the TOML, with their defaults:\n\n" + config_help.describe(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--ds_config", required=True, help="DeepSpeed JSON: batch sizes, precision, ZeRO, clipping, logs"
-    )
+    parser.add_argument("--ds_config", help="DeepSpeed JSON: batch sizes, precision, ZeRO, clipping, logs; required")
     parser.add_argument("--config", required=True, help="TOML: everything else; presets are in launch/configs/")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="change one field of the TOML")
     parser.add_argument("--resume", action="store_true", help="continue the run in run.out")
+    parser.add_argument("--print-config", action="store_true", help="print the TOML with all its fields, and stop")
     parser.add_argument("--local_rank", type=int, default=None, help="given by launchers; the environment decides")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if not args.ds_config and not args.print_config:
+        parser.error("the following arguments are required: --ds_config")
+    return args
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     try:
         settings = config.load(args.config, args.set)
+        if args.print_config:
+            print(config.to_toml(settings), end="")
+            return 0
         deepspeed_config = ds_config.load(args.ds_config)
         return run(settings, deepspeed_config, args.resume)
     except InputError as error:

@@ -22,16 +22,18 @@ SOURCES = [
 FLOORS = (
     "errors batch distributed durable skip_log audio_info clip_bytes audio_chunks audio_flac audio_ogg audio_file "
     "audio_mp3 alive bad_steps audio_ffmpeg clip_file ffmpeg_process any_audio clip_encoding sound_synthesis "
-    "foreign row_file stored_scores hardware start_report vit_file config_rules",
+    "foreign row_file stored_scores hardware start_report vit_file config_rules "
+    "windows npy_file",
     "config ds_config class_map patches clip_table clip_columns files_present split manifest listed_layouts tar_layout "
-    "layouts sound_events",
-    "model flops losses metrics augment decode clip_reader recycle sampler stored_answers stream loader datasets "
+    "layouts sound_events config_help",
+    "model flops losses metrics augment decode clip_reader clip_lengths recycle sampler stored_answers stream loader datasets "
     "shards stochastic_depth health schedule stages plan_memory plan_cost plan_loader plan_measured plan",
     "views weights imagenet starting",
     "pretrain distill teachers",
     "engine selection checkpoint evaluate predict check figures progress run_folder stage_parts moving_average report "
     "recipe pack_folder engine_state pack_clip pack_report pack_job pack answer_folder teach plan_measure plan_job "
-    "plan_report job_pool many_runs",
+    "plan_report job_pool many_runs "
+    "sources listen loaded embed export onnx_model api",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 
