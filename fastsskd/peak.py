@@ -1,0 +1,56 @@
+"""How much of the machine's arithmetic a step uses: its operations by the shapes, and what the machine could do."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from fastsskd import flops
+from fastsskd.config import Config
+from fastsskd.hardware import GPUS
+from fastsskd.teachers.ensemble import Ensemble
+from fastsskd.teachers.ours import OwnTeacher
+
+_SIDE = 1024  # of the matrices that are multiplied where no data sheet is known
+_SECONDS = 0.05
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """FLOP/s of dense matrix products: of the card's data sheet, or as this machine does them just now.
+
+    Draws no random numbers. A measured peak is what a large product reaches here, not what the maker promises.
+
+    Args:
+        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in name), None)
+        if known is not None:
+            return known.matrix32 if precision == "fp32" else known.matrix16
+    matrix = torch.ones(_SIDE, _SIDE, dtype=DTYPES[precision], device=device)
+    best, end = float("inf"), time.perf_counter() + _SECONDS
+    while time.perf_counter() < end or best == float("inf"):
+        begin = time.perf_counter()
+        matrix @ matrix
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - begin)
+    return 2.0 * _SIDE**3 / best
+
+
+def clip_flops(config: Config, kind: str, classes: int, teacher: Any = None) -> float:
+    """Operations of a clip in a step of a stage of ``kind``; a teacher of another project counts as a base-size one."""
+    seconds = config.data.seconds
+    if kind == "ssl":
+        options = {"inter_ratio": config.mask.inter_ratio, "raw_gradient": config.loss.raw_gradient}
+        return flops.pretrain_step(config.model.size, seconds, **options).total
+    total = flops.distill_step(config.model.size, classes, seconds).total
+    for member in teacher.members if isinstance(teacher, Ensemble) else [teacher]:
+        if callable(member):  # stored answers are not asked
+            size = member.info.size if isinstance(member, OwnTeacher) else "base"
+            total += flops.distill_step(config.model.size, classes, seconds, teacher=size).teacher
+    return total

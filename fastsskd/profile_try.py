@@ -1,0 +1,113 @@
+"""Advice followed: the change really made, and its gain measured against the job as it is, in turn."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastsskd import distributed
+from fastsskd.batch import Batch
+from fastsskd.loader import Loader
+from fastsskd.pack import pack
+from fastsskd.profile import Profile
+from fastsskd.profile_job import Job, say
+from fastsskd.profile_runs import endless, train
+from fastsskd.profile_stats import median_interval
+from fastsskd.profile_verdict import Advice
+from fastsskd.stored_answers import StoredAnswers
+from fastsskd.teachers import ask
+
+ROUNDS = 3
+MOST = 4  # pieces of advice that are tried
+SAMPLE = 256  # clips that are packed
+
+Trial = tuple[Callable[[], Loader], Callable[[], Loader], Callable[[Iterator[Batch]], Iterator[Batch]] | None]
+"""Makers of a loader without and with the change, and what happens to the batches with it."""
+
+
+def follow(job: Job, result: Profile, seconds: float) -> list[Advice]:
+    """The advice, with what following it really gained where one process can do that. Every rank must call it.
+
+    A change is measured end to end, in turn with the job as it is. Nothing is left behind: a sample of the clips is
+    packed into a folder that is removed.
+
+    Args:
+        seconds: for all of it, about.
+    """
+    tried, left = [], MOST
+    trials = {key: trial for key, trial in _TRIALS.items() if key != "pack" or not job.is_stored}
+    able = sum(one.key in trials for one in result.advice[:MOST])
+    for one in result.advice:
+        if one.key in trials and left > 0:
+            say(f"trying {one.key} ...")
+            with contextlib.ExitStack() as stack:
+                one = dataclasses.replace(one, tried=_compare(job, trials[one.key](job, one, stack), seconds / able))
+        tried.append(one)
+        left -= 1
+    return tried
+
+
+def _compare(job: Job, trial: Trial, seconds: float):
+    """Clips a second with the change over those without, of rounds in which each had a turn."""
+    before, after, change = trial
+    ratios = []
+    for _ in range(ROUNDS):
+        plain = _rate(job, before, None, seconds / 2 / ROUNDS)
+        ratios.append(_rate(job, after, change, seconds / 2 / ROUNDS) / plain)
+    return median_interval(ratios)
+
+
+def _rate(job: Job, make: Callable[[], Loader], change: Callable | None, seconds: float) -> float:
+    with contextlib.closing(make()) as loader:
+        batches = endless(loader) if change is None else change(endless(loader))
+        rate = train(job, batches, seconds, warm_up=loader.prefetch + 2).rate().value
+    return sum(other for (other,) in distributed.gather_objects((rate,)))
+
+
+def _setting(field: str) -> Callable[[Job, Advice, contextlib.ExitStack], Trial]:
+    """Another value of a field of ``[data]``."""
+    return lambda job, one, stack: (job.loader, lambda: job.loader(**{field: one.value}), None)
+
+
+def _pack(job: Job, one: Advice, stack: contextlib.ExitStack) -> Trial:
+    """A sample of the clips, as it is and packed."""
+    number = min(max(SAMPLE, 2 * job.sizes.total), len(job.clips))
+    sample = job.clips.select(np.sort(np.random.default_rng(1).permutation(len(job.clips))[:number]))
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastsskd-profile-")))
+    with open(folder / "progress", "w", encoding="utf-8") as quiet, contextlib.redirect_stderr(quiet):
+        packed = pack(sample, folder / "packed", workers=distributed.cores_per_rank())
+    return (lambda: job.loader(sample)), (lambda: job.loader(packed.manifest)), None
+
+
+def _teacher(job: Job, one: Advice, stack: contextlib.ExitStack) -> Trial:
+    """The same answers for every batch, as if they had been stored."""
+    module, answers = job.module, object.__new__(StoredAnswers)  # one that is asked nothing and has no folder
+    dtype = module.model.patch_embed.weight.dtype
+    silence = torch.zeros(job.sizes.micro, job.config.num_samples, device=job.device)
+    probs, features = ask(job.teacher, silence, module.columns, module.multi_label, dtype)
+    real = module._outside
+
+    def change(batches: Iterator[Batch]) -> Iterator[Batch]:
+        module._outside = (answers,)
+        try:
+            for batch in batches:
+                known = {"teacher_probs": probs[: len(batch)], "teacher_features": features[: len(batch)]}
+                yield dataclasses.replace(batch, **known)
+        finally:
+            module._outside = real
+
+    return job.loader, job.loader, change
+
+
+_TRIALS: dict[str, Callable[[Job, Advice, contextlib.ExitStack], Trial]] = {
+    "threads": _setting("workers"),
+    "prefetch": _setting("prefetch"),
+    "pack": _pack,
+    "teacher": _teacher,
+}
