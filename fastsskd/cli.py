@@ -17,12 +17,13 @@ from fastsskd.commands import (
     pack,
     plan,
     predict,
+    profile,
     stats,
     teach,
 )
 from fastsskd.errors import InputError
 
-COMMANDS = (index, check, stats, pack, evaluate, predict, embed, export, teach, plan, config, completion)
+COMMANDS = (index, check, stats, pack, evaluate, predict, embed, export, teach, plan, profile, config, completion)
 """In the order of ``fastsskd --help``."""
 
 

@@ -22,7 +22,7 @@ SOURCES = [
 FLOORS = (
     "errors batch distributed durable skip_log audio_info clip_bytes audio_chunks audio_flac audio_ogg audio_file "
     "audio_mp3 alive bad_steps audio_ffmpeg clip_file ffmpeg_process any_audio clip_encoding sound_synthesis "
-    "foreign row_file stored_scores hardware start_report vit_file config_rules "
+    "profile_stats foreign row_file stored_scores hardware start_report vit_file config_rules "
     "windows npy_file",
     "config ds_config class_map patches clip_table clip_columns files_present split manifest listed_layouts tar_layout "
     "layouts sound_events config_help",
@@ -33,6 +33,8 @@ FLOORS = (
     "engine selection checkpoint evaluate predict check figures progress run_folder stage_parts moving_average report "
     "recipe pack_folder engine_state pack_clip pack_report pack_job pack answer_folder teach plan_measure plan_job "
     "plan_report job_pool many_runs "
+    "peak profile_job profile_runs profile_silence profile_stages profile_disk profile_step profile_verdict profile "
+    "profile_try profile_report profile_page "
     "sources listen loaded embed export onnx_model api",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
