@@ -41,6 +41,9 @@ class RunConfig:
     log_every: int = _option(10, "optimizer steps between two lines in metrics.jsonl", low=1)
     checkpoint_every: int = _option(0, "optimizer steps between two checkpoints; 0 = only at the end of a stage", low=0)
     keep_checkpoints: int = _option(2, "checkpoints kept for --resume", low=2)
+    pictures_every: int = _option(
+        5, "epochs of Multi-SSL between two pictures of what it reconstructs; 0 = only after the last", low=0
+    )
     timeout: int = _option(600, "seconds a rank waits for the others before it ends the run", low=5)
 
 

@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator
 
+from fastsskd import health
 from fastsskd.batch import Batch
 from fastsskd.config import MaskConfig
 from fastsskd.loader import Loader
@@ -21,9 +22,9 @@ from fastsskd.model import ACM
 from fastsskd.patches import PATCH, unpatchify
 from fastsskd.run_folder import LINE_FIELDS
 from fastsskd.views import make_views
-from fastsskd.weights import load_model
+from fastsskd.weights import ModelInfo
 
-_NOT_TERMS = LINE_FIELDS | {"loss", "feature_std"}
+_NOT_TERMS = LINE_FIELDS | {"loss", *health.NAMES}
 
 
 def loss_curves(lines: list[dict[str, Any]], path: Path) -> None:
@@ -52,14 +53,13 @@ def loss_curves(lines: list[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def draw_views(model_file: Path, clips: Manifest, mask: MaskConfig, folder: Path) -> None:
-    """Draw what a stage's model makes of one of eight clips that are spread over ``clips``."""
-    model, info = load_model(model_file)
+def draw_views(model: ACM, info: ModelInfo, clips: Manifest, mask: MaskConfig, path: Path) -> None:
+    """Draw what a model makes of one of eight clips that are spread over ``clips``: the same one at every call."""
     spread = np.unique(np.linspace(0, len(clips) - 1, 8).astype(np.int64))
     loader = Loader(clips.select(spread), batch_size=8, seconds=info.seconds, mean=info.mean, std=info.std)
     for batch in loader:
         if len(batch):
-            views_figure(model, batch, mask, folder / f"{model_file.parent.name}-views.png")
+            views_figure(model, batch, mask, path)
     loader.close()
 
 

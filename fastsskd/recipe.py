@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -10,12 +11,12 @@ from typing import Any
 
 import torch
 
-from fastsskd import checkpoint, distributed, ds_config, engine_state, weights
+from fastsskd import checkpoint, distributed, ds_config, engine_state, health, weights
 from fastsskd.alive import Watchdog
 from fastsskd.bad_steps import BadStep
 from fastsskd.config import Config
 from fastsskd.datasets import open_data
-from fastsskd.engine import Log, StopFlag, Stopped, train_stage
+from fastsskd.engine import Log, StagePlan, StopFlag, Stopped, train_stage
 from fastsskd.errors import InputError, SharedError
 from fastsskd.evaluate import mean_scores, summarise
 from fastsskd.figures import draw_views
@@ -148,9 +149,6 @@ class Recipe:
             with average.in_place() if average else contextlib.nullcontext():
                 return engine_state.full_state(engine, untrained)
 
-        def on_log(log: Log) -> None:
-            self.folder.log(stage.name, plan, log, engine.monitor)
-
         last_bad = 0
 
         def on_bad(bad: BadStep) -> None:
@@ -165,6 +163,8 @@ class Recipe:
             if not inside and stage.kind == "distill" and selection.wants(epoch):
                 selection.add(epoch, current())
                 engine.train()
+            if self._draws_after(stage, plan, step):
+                self._draw(stage, step, f"-epoch{epoch:03d}", current(), engine.monitor)
             every = self.config.run.checkpoint_every
             due = every and step % every == 0 and step < plan.total_steps
             # Not in the midst of bad steps: a resume goes back to before them.
@@ -172,6 +172,7 @@ class Recipe:
                 self._save(stage, engine, step, loader, selection)
             self.watchdog.beat()
 
+        on_log = functools.partial(self._log, stage, plan, module, engine.monitor)
         hooks = {"stop": self.stop, "on_log": on_log, "on_step": on_step, "on_bad": on_bad}
         try:
             with self.watchdog if distributed.world_size() > 1 else contextlib.nullcontext():
@@ -179,18 +180,37 @@ class Recipe:
         finally:
             self.skipped.update(loader.skipped)
             loader.close()
-        self._export(stage, selection.result(current()))
+        self._export(stage, selection.result(current()), plan.total_steps, engine.monitor)
         engine.destroy()
         distributed.barrier()
         self.folder.note_trained(stage.name, selection.note, self.skipped)
         return selection.note
 
-    def _export(self, stage: Stage, state: dict[str, torch.Tensor]) -> None:
-        """Write the model that a stage leaves behind; after Multi-SSL also pictures of what it makes of some clips."""
+    def _export(self, stage: Stage, state: dict[str, torch.Tensor], step: int, monitor: Any) -> None:
+        """Write the model that a stage leaves behind; after Multi-SSL also a picture."""
         model, info, is_first = self.folder.model(stage.name), self.parts.info(), distributed.rank() == 0
         checkpoint.write_together(lambda: weights.save_model(model, state, info) if is_first else None, model)
-        if is_first and stage.kind == "ssl":
-            draw_views(model, self.data.evaluation, self.config.mask, self.folder.plots)
+        if stage.kind == "ssl":
+            self._draw(stage, step, "", state, monitor)
+
+    def _log(self, stage: Stage, plan: StagePlan, module: torch.nn.Module, monitor: Any, log: Log) -> None:
+        features = health.of_features(module.pooled) if stage.kind == "ssl" else {}
+        self.folder.log(stage.name, plan, log, monitor, features)
+
+    def _draws_after(self, stage: Stage, plan: StagePlan, step: int) -> bool:
+        """Whether a picture is due in the midst of a stage: ``run.pictures_every``."""
+        epoch, inside = divmod(step, plan.steps_per_epoch)
+        every = self.config.run.pictures_every if stage.kind == "ssl" and step < plan.total_steps else 0
+        return bool(every) and not inside and epoch % every == 0
+
+    def _draw(self, stage: Stage, step: int, suffix: str, state: dict[str, torch.Tensor], monitor: Any) -> None:
+        """Draw what the model makes of a clip, the same one each time; the first rank does it, the others wait."""
+        if distributed.rank() == 0:
+            info, picture = self.parts.info(), self.folder.plots / f"{stage.name}-views{suffix}.png"
+            model = weights.fresh_model(info)
+            model.load_state_dict(state)
+            draw_views(model.eval(), info, self.data.evaluation, self.config.mask, picture)
+            self.folder.log_picture(stage.name, step, picture, monitor)
 
     def _save(self, stage: Stage, engine: Any, step: int, loader: Loader, selection: Selection) -> None:
         done = sum(self.parts.plan(s).total_steps for s in self.stages[: self.stages.index(stage)])

@@ -18,6 +18,7 @@ def finished(training, tones, tmp_path_factory):
     """A run of one rank in float32 with a teacher, two iterations: folder, metrics, result, printed text."""
     out = tmp_path_factory.mktemp("runs") / "one"
     options = {"recipe__iterations": 2, "distill__teacher": '"supervised"', "augment__mixup": 0.5}
+    options["run__pictures_every"] = 1
     return out, *training.run(out, tones, pictures=True, **options)
 
 
@@ -37,6 +38,22 @@ def test_a_run_leaves_what_the_interface_promises(finished):
     stages = ["teacher", "iter1-ssl", "iter1-distill", "iter2-ssl", "iter2-distill"]
     assert list(dict.fromkeys(line["stage"] for line in lines)) == stages
     assert "ensemble" in printed and "clips/s" in printed and "left" in printed
+
+
+def test_multi_ssl_is_watched_and_drawn(finished):
+    out, lines, result, printed = finished
+    own = [line for line in lines if line["stage"].endswith("-ssl")]
+    for line in own:
+        assert 0 < line["effective_rank"] <= line["rank_limit"] == 7  # 8 clips a step
+        assert line["contrast_chance"] == pytest.approx(1 / 8)
+        assert 0 <= line["contrast_accuracy_inter"] <= 1 and line["explained_intra"] < 1
+        assert not any(name.startswith("variance") for name in line)
+    first = result["iterations"][0]["ssl"]
+    assert {"effective_rank", "explained_inter"} <= first["health"].keys()
+    assert not set(first["losses"]) & {"effective_rank", "explained_inter", "feature_std"}
+    assert "effective rank" in printed and "effective_rank" not in lines[0]  # the teacher's stage has none
+    pictures = {path.name for path in (out / "plots").glob("*-views*.png")}
+    assert pictures == {f"iter{k}-ssl-views{when}.png" for k in (1, 2) for when in ("-epoch001", "")}
 
 
 def test_learning_rate_falls_by_a_fifth_after_each_iteration(finished):
@@ -78,6 +95,8 @@ def test_two_ranks_give_the_losses_of_one(training, finished, tones, tmp_path):
         assert loss == pytest.approx(one[step], abs=2e-5), step
     for a, b in zip(lines, two, strict=True):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        for name in ("effective_rank", "rank_limit", "explained_intra", "explained_inter", "contrast_chance"):
+            assert a.get(name, 0) == pytest.approx(b.get(name, 0), rel=1e-2, abs=1e-3), name
     assert result_two["metrics"]["num_clips"] == result["metrics"]["num_clips"] == 8
     assert result_two["metrics"]["mAP"] == pytest.approx(result["metrics"]["mAP"], abs=1e-6)
 
