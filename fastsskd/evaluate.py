@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +13,49 @@ import torch
 from torch import Tensor
 
 from fastsskd import distributed
+from fastsskd.clip_lengths import longer_than
+from fastsskd.confusion import confusion_matrix, most_confused
 from fastsskd.datasets import refuse_unlabelled
 from fastsskd.errors import InputError
+from fastsskd.intervals import bootstrap
 from fastsskd.loader import Loader, open_manifest
 from fastsskd.manifest import Manifest
 from fastsskd.metrics import classification_metrics
 from fastsskd.model import ACM
-from fastsskd.weights import ModelInfo, load_model
+from fastsskd.score_file import ClipScores
+from fastsskd.weights import ModelInfo, fresh_model, load_model, model_file, read_model_file
+
+Model = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""``(B, T, F)`` spectrograms -> logits ``(B, C)`` and clip features."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Class probabilities ``(n, C)`` of the clips that could be read, their rows in the manifest; why not the rest."""
+    """Class probabilities of the clips that could be read.
+
+    Attributes:
+        probs: ``(n, C)``.
+        index: ``(n,)`` the clips' rows in the manifest.
+        skipped: why not the rest, by key.
+        crops: ``(n,)`` of each clip, how many were heard; None = one.
+    """
 
     probs: np.ndarray
     index: np.ndarray
     skipped: dict[str, str]
+    crops: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Rated:
+    """Metrics, and the scores of the clips they are of."""
+
+    metrics: dict[str, Any]
+    clips: ClipScores
 
 
 @torch.no_grad()
-def score(model: Callable[[Tensor], tuple[Tensor, Tensor]], loader: Loader, multi_label: bool) -> Scores:
+def score(model: Model, loader: Loader, multi_label: bool) -> Scores:
     """Class probabilities of every clip of ``loader``, gathered over ranks, in the manifest's order."""
     probs, index = [], []
     for batch in loader:
@@ -63,44 +86,116 @@ def evaluation_loader(manifest: Manifest, info: ModelInfo, batch_size: int, **op
 
 
 def mean_scores(
-    models: Iterable[tuple[Callable[[Tensor], tuple[Tensor, Tensor]], ModelInfo]],
+    models: Iterable[tuple[Model, ModelInfo]],
     manifest: Manifest,
     batch_size: int,
+    *,
+    crops: int = 1,
     **options: Any,
 ) -> Scores:
-    """The mean of the models' class probabilities, one model at a time; ``options`` are the loader's."""
-    probs = []
-    for model, info in models:
-        loader = evaluation_loader(manifest, info, batch_size, **options)
-        scores = score(model, loader, info.multi_label)
-        loader.close()
-        probs.append(scores.probs)
-    return replace(scores, probs=sum(probs) / len(probs))
+    """The mean of the models' class probabilities, one model at a time; ``options`` are the loader's.
+
+    Args:
+        crops: of each clip that is longer than the model's length, see :func:`crop_scores`.
+    """
+    found = [crop_scores(model, info, manifest, batch_size, crops, **options) for model, info in models]
+    scores = _mean(found, np.full(len(manifest), len(found)))
+    if crops == 1:
+        return scores
+    most = np.ones(len(manifest), np.int64)  # models that hear longer clips may have heard fewer
+    for own in found:
+        most[own.index] = np.maximum(most[own.index], own.crops)
+    return replace(scores, crops=most[scores.index])
 
 
-def evaluate(
-    checkpoints: Sequence[str | Path], source: Any, *, batch_size: int = 32, device: str = "cpu", workers: int = 0
-) -> dict[str, Any]:
+def crop_scores(
+    model: Model, info: ModelInfo, manifest: Manifest, batch_size: int, crops: int = 1, **options: Any
+) -> Scores:
+    """The mean of a model's class probabilities over evenly spaced crops of each clip.
+
+    The first crop begins with the clip and the last ends with it; one crop is the beginning. A clip that is no longer
+    than the model's length is looped, and heard once: its crops would all hold the same.
+    """
+
+    def one(which: np.ndarray, start: float) -> Scores:
+        loader = evaluation_loader(manifest.select(which), info, batch_size, start=start, **options)
+        with contextlib.closing(loader):
+            scores = score(model, loader, info.multi_label)
+        return replace(scores, index=which[scores.index])
+
+    found, times = [one(np.arange(len(manifest)), 0.0)], np.ones(len(manifest), np.int64)
+    long = longer_than(manifest, info.seconds, workers=options.get("workers")) if crops > 1 else np.zeros(0, bool)
+    if long.any():
+        found += [one(np.flatnonzero(long), k / (crops - 1)) for k in range(1, crops)]
+        times[long] = crops
+    scores = _mean(found, times)
+    return replace(scores, crops=times[scores.index])
+
+
+def _mean(found: Sequence[Scores], times: np.ndarray) -> Scores:
+    """The mean of the scores of each clip that was heard as often as ``times`` (n,) says.
+
+    A clip whose damage was met by some of the crops or models only is left out whole.
+    """
+    if len(found) == 1:
+        return found[0]
+    total = np.zeros((len(times), found[0].probs.shape[1]), np.float32)
+    heard = np.zeros(len(times), np.int64)
+    for scores in found:
+        total[scores.index] += scores.probs
+        heard[scores.index] += 1
+    index = np.flatnonzero(heard == times)
+    skipped = {key: why for scores in found for key, why in scores.skipped.items()}
+    return Scores(total[index] / times[index, None].astype(np.float32), index, skipped)
+
+
+def evaluate(checkpoints: Sequence[str | Path], source: Any, **options: Any) -> dict[str, Any]:
+    """The metrics of :func:`rate`."""
+    return rate(checkpoints, source, **options).metrics
+
+
+def rate(
+    checkpoints: Sequence[str | Path],
+    source: Any,
+    *,
+    batch_size: int = 32,
+    device: str = "cpu",
+    workers: int = 0,
+    crops: int = 1,
+    average: bool = False,
+    resamples: int = 0,
+) -> Rated:
     """Metrics of one checkpoint, or of the mean of several checkpoints' class probabilities (as in AST).
 
     Args:
         checkpoints: model files or their folders.
         source: a manifest, its file, or a folder that can be indexed.
+        crops: of each clip that is longer than the model's length, see :func:`crop_scores`.
+        average: the mean of the checkpoints' weights, as one model, instead of the mean of their probabilities.
+        resamples: of :func:`~fastsskd.intervals.bootstrap`; 0 = no intervals.
 
     Returns:
-        :func:`~fastsskd.metrics.classification_metrics`, plus ``checkpoints`` and ``skipped``.
+        The clips' scores, and :func:`~fastsskd.metrics.classification_metrics` plus ``interval``, ``confused`` (the
+        pairs of classes that are, for single labels), ``checkpoints``, ``average_weights``, ``crops``, ``heard_once``
+        (the clips that were too short for several crops) and ``skipped``.
 
     Raises:
         InputError: checkpoints that do not go together, labels missing, or other classes than the model's.
     """
     manifest = open_manifest(source)
     models = _load_all(checkpoints, manifest, device)
-    scores = mean_scores(models, manifest, batch_size, device=device, workers=workers)
-    return {
-        **summarise(scores.probs, scores, manifest),
-        "checkpoints": [str(path) for path in checkpoints],
-        "skipped": scores.skipped,
-    }
+    if average:
+        models = _load_averaged(checkpoints, manifest, device)
+    scores = mean_scores(models, manifest, batch_size, crops=crops, device=device, workers=workers)
+    metrics = summarise(scores.probs, scores, manifest)
+    clips = clip_scores(scores, manifest)
+    metrics["interval"] = bootstrap(clips.probs, clips.label, resamples=resamples) if resamples else None
+    metrics["confused"] = None
+    if clips.label.ndim == 1:
+        metrics["confused"] = most_confused(confusion_matrix(clips.probs, clips.label), clips.classes)
+    metrics |= {"checkpoints": [str(path) for path in checkpoints], "average_weights": average, "crops": crops}
+    metrics["heard_once"] = int((scores.crops == 1).sum()) if crops > 1 else None
+    return Rated({**metrics, "skipped": scores.skipped}, clips)
 
 
 def summarise(probs: np.ndarray, scores: Scores, manifest: Manifest) -> dict[str, Any]:
@@ -111,6 +206,12 @@ def summarise(probs: np.ndarray, scores: Scores, manifest: Manifest) -> dict[str
     return classification_metrics(probs, manifest.label_of(scores.index), manifest.classes)
 
 
+def clip_scores(scores: Scores, manifest: Manifest) -> ClipScores:
+    """The scores with the clips' names and labels."""
+    keys = np.array([manifest.key(i) for i in scores.index], str)
+    return ClipScores(keys, manifest.label_of(scores.index), scores.probs, manifest.classes)
+
+
 def _load_all(checkpoints: Sequence[str | Path], manifest: Manifest, device: str) -> Iterator[tuple[ACM, ModelInfo]]:
     """The checkpoints' models, one after the other, each checked against the first one and the manifest."""
     first = None
@@ -119,6 +220,25 @@ def _load_all(checkpoints: Sequence[str | Path], manifest: Manifest, device: str
         first = first or info
         _check_fits(path, info, first, manifest)
         yield model, info
+
+
+def _load_averaged(checkpoints: Sequence[str | Path], manifest: Manifest, device: str) -> list[tuple[ACM, ModelInfo]]:
+    """One model, whose weights are the mean of the checkpoints'."""
+    first, total = None, {}
+    for path in checkpoints:
+        state, info = read_model_file(model_file(path))
+        first = first or info
+        _check_fits(path, info, first, manifest)
+        for name, value in asdict(first).items():
+            if getattr(info, name) != value:
+                raise InputError(
+                    f"checkpoint {path}: {name} {getattr(info, name)}, the first has {value}; weights can only be "
+                    "averaged over models of one kind: leave out --average for the mean of their probabilities"
+                )
+        total = {name: total[name] + value for name, value in state.items()} if total else state
+    model = fresh_model(first)
+    model.load_state_dict({name: value / len(checkpoints) for name, value in total.items()})
+    return [(model.to(device).eval(), first)]
 
 
 def _check_fits(path: str | Path, info: ModelInfo, first: ModelInfo, manifest: Manifest) -> None:
@@ -134,28 +254,3 @@ def _check_fits(path: str | Path, info: ModelInfo, first: ModelInfo, manifest: M
             f"has {len(manifest.classes)} ({', '.join(manifest.classes[:3])}, ...); evaluate on the same classes"
         )
     refuse_unlabelled(manifest, str(manifest.root), "evaluation")
-
-
-def table(metrics: dict[str, Any]) -> str:
-    """A table for people: the totals, then one line a class."""
-    lines = []
-    for name in ("accuracy", "top5", "mAP", "AUC", "d_prime"):
-        if metrics[name] is not None:
-            lines.append(f"{name:<10} {metrics[name]:.4f}")
-    lines.append(
-        f"on {metrics['num_clips']} clips, {metrics['num_classes']} classes; {len(metrics['skipped'])} left out"
-    )
-    width = max(len(name) for name in metrics["per_class"])
-    lines.append(f"{'class':<{width}}  clips      AP     AUC  accuracy")
-    for name, row in metrics["per_class"].items():
-        numbers = [_number(row.get(column)) for column in ("AP", "AUC", "accuracy")]
-        lines.append(f"{name:<{width}}  {row['num_clips']:>5}  {numbers[0]:>6}  {numbers[1]:>6}  {numbers[2]:>8}")
-    return "\n".join(lines)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def to_json(metrics: dict[str, Any]) -> str:
-    return json.dumps(metrics, indent=1)

@@ -41,7 +41,7 @@ class Loader:
         manifest: a :class:`~fastsskd.manifest.Manifest`, its file, or a folder of clips or shards.
         batch_size: clips per rank and batch.
         seconds: length of the crops; shorter clips are looped.
-        train: shuffle, random crops. Otherwise the manifest's order, from the start of each clip.
+        train: shuffle, random crops. Otherwise the manifest's order, and of each clip the crop that ``start`` says.
         seed: of the order, the crops and the batch's mask seeds.
         rank, world_size: this rank's share of each global batch.
         device: ``"cpu"``, ``"gpu"``, ``"cuda"`` or ``"cuda:N"``: where the batches are made and end up.
@@ -49,8 +49,10 @@ class Loader:
         prefetch: batches kept ready ahead of the consumer; None or 0 = enough to keep all workers busy, within
             ``MAX_AHEAD`` bytes.
         waveform: put the waveform in the batch, for a teacher that has its own features.
-        crops: which crops to hear instead of a new one of each clip every epoch (the start, if not ``train``); if they
-            are those of :class:`~fastsskd.stored_answers.StoredAnswers`, the answers are put in the batch.
+        crops: which crops to hear instead of a new one of each clip every epoch (``start``'s, if not ``train``); if
+            they are those of :class:`~fastsskd.stored_answers.StoredAnswers`, the answers are put in the batch.
+        start: where the crop of a clip lies when not training, 0 = at its start, 1 = at its end; see
+            ``kernels.crop_start``.
         mean, std: normalisation, ``(x - mean) / (2 * std)``.
         drop_last_to: drop an epoch's tail to a multiple of this many clips; 0 = every clip exactly once.
         weights: sampling weight of each clip, see :class:`~fastsskd.sampler.Sampler`; or a file of them, one a line.
@@ -78,6 +80,7 @@ class Loader:
         prefetch: int | None = None,
         waveform: bool = False,
         crops: Crops | None = None,
+        start: float = 0.0,
         mean: float = config.AUDIOSET_MEAN,
         std: float = config.AUDIOSET_STD,
         drop_last_to: int = 0,
@@ -101,6 +104,7 @@ class Loader:
             drop_last_to=drop_last_to,
         )
         self.prefetch = prefetch or _choose_prefetch(batch_size, seconds, self.workers)
+        features = {"mean": mean, "std": std, "waveform": waveform, "crops": crops, "start": start}
         self._settings = StreamSettings(
             manifest=self.manifest,
             sampler=self.sampler,
@@ -108,13 +112,10 @@ class Loader:
             seed=seed,
             num_samples=round(seconds * SAMPLE_RATE),
             num_frames=num_input_frames(seconds),
-            mean=mean,
-            std=std,
             device=self.device,
             workers=self.workers,
             prefetch=self.prefetch,
-            waveform=waveform,
-            crops=crops,
+            **features,
         )
         self.skipped: dict[str, str] = {}
         self.epoch = self.position = self._seen = 0

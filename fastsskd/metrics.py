@@ -58,13 +58,15 @@ def d_prime(auc: float | None) -> float | None:
 
 
 def _one_class(truth: np.ndarray, score: np.ndarray) -> dict[str, float | int | None]:
-    """Average precision and AUC, None where the class has no positive or no negative clip."""
+    """Average precision, AUC and d', None where the class has no positive or no negative clip."""
     positives = int(truth.sum())
     if positives in (0, len(truth)):
-        return {"AP": None, "AUC": None, "num_clips": positives}
+        return {"AP": None, "AUC": None, "d_prime": None, "num_clips": positives}
+    auc = float(roc_auc_score(truth, score))
     return {
         "AP": float(average_precision_score(truth, score)),
-        "AUC": float(roc_auc_score(truth, score)),
+        "AUC": auc,
+        "d_prime": d_prime(auc),
         "num_clips": positives,
     }
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from fastsskd import checkpoint, distributed, ds_config, engine_state, health, weights
+from fastsskd import checkpoint, distributed, ds_config, engine_state, health, score_file, weights
 from fastsskd.alive import Watchdog
 from fastsskd.bad_steps import BadStep
 from fastsskd.config import Config
 from fastsskd.datasets import open_data
 from fastsskd.engine import Log, StagePlan, StopFlag, Stopped, train_stage
 from fastsskd.errors import InputError, SharedError
-from fastsskd.evaluate import mean_scores, summarise
+from fastsskd.evaluate import clip_scores, mean_scores, summarise
 from fastsskd.figures import draw_views
 from fastsskd.loader import Loader
 from fastsskd.model import ACM
@@ -100,15 +100,21 @@ class Recipe:
 
     def evaluate(self, stages: list[Stage]) -> dict[str, Any]:
         """Metrics of one stage's model, or of the mean of several models' probabilities, on the evaluation set."""
-        return self._score(weights.load_model(self.folder.model(stage.name), self.device) for stage in stages)
+        models = (weights.load_model(self.folder.model(stage.name), self.device) for stage in stages)
+        return self._score(models, stages[0].name if len(stages) == 1 else "ensemble")
 
-    def _score(self, models: Iterable[tuple[ACM, weights.ModelInfo]], stoppable: bool = True) -> dict[str, Any]:
+    def _score(self, models: Iterable[tuple[ACM, weights.ModelInfo]], name: str, stoppable: bool = True) -> dict:
+        """Metrics on the evaluation set; the clips' probabilities go to a file of this ``name``, if it has one."""
         clips, workers = self.data.evaluation, self.config.data.workers
         options = {"device": self.device, "workers": workers, "skip_log": self.folder.skip_log}
         watched = ((self._watched(model, stoppable), info) for model, info in models)
         scores = mean_scores(watched, clips, self.sizes.micro, **options)
         self.skipped.update(scores.skipped)
-        return summarise(scores.probs, scores, clips)
+        metrics, file = summarise(scores.probs, scores, clips), self.folder.scores / f"{name}.npz"
+        if name:
+            write = functools.partial(score_file.save, file, clip_scores(scores, clips))
+            checkpoint.write_together(write if distributed.rank() == 0 else lambda: None, file)
+        return metrics
 
     def _watched(self, model: ACM, stoppable: bool) -> Callable[[torch.Tensor], Any]:
         """``model``, but each batch is progress, and before it all ranks stop if one of them was asked to."""
@@ -126,7 +132,7 @@ class Recipe:
         info = self.parts.info()
         model = weights.fresh_model(info)
         model.load_state_dict(state)
-        return self._score([(model.to(self.device).eval(), info)], stoppable=False)
+        return self._score([(model.to(self.device).eval(), info)], "", stoppable=False)
 
     def _train(self, stage: Stage, resolved: dict[str, Any]) -> dict[str, Any]:
         """Train one stage and save its model; returns which weights were kept."""

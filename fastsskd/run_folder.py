@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fastsskd import __version__, distributed, durable, health
+from fastsskd import __version__, distributed, durable, health, score_file
 from fastsskd.bad_steps import BadStep
 from fastsskd.checkpoint import write_json
 from fastsskd.config import Config, to_toml
@@ -44,7 +44,7 @@ class RunFolder:
         self.config, self.resumed = config, resume
         self.path = Path(config.run.out)
         self.checkpoints, self.tensorboard = self.path / "checkpoints", self.path / "tensorboard"
-        self.plots = self.path / "plots"
+        self.plots, self.scores = self.path / "plots", self.path / score_file.FOLDER
         self.is_writer = distributed.rank() == 0
         self._check(resume)
         distributed.barrier()  # nobody writes before everybody has looked

@@ -51,6 +51,7 @@ class StreamSettings:
     prefetch: int
     waveform: bool
     crops: Crops | None = None
+    start: float = 0.0
 
 
 @dataclass
@@ -161,7 +162,7 @@ class Stream:
         seed = kernels.derive_seeds(s.seed, epoch, index)
         crop_seed = seed if s.crops is None else s.crops.seeds(epoch, index)
         where = kernels.uniform(torch.from_numpy(crop_seed), 1, stream=_CROP_STREAM)[:, 0].tolist()
-        crops = [Crop(s.num_samples, share if s.train or s.crops is not None else 0.0) for share in where]
+        crops = [Crop(s.num_samples, share if s.train or s.crops is not None else s.start) for share in where]
         rows = 0 if self._on_gpu else size
         fbank = self._memory.empty(rows, s.num_frames, NUM_MEL_BINS)
         hog = torch.empty(rows, s.num_frames * NUM_MEL_BINS // PATCH**2)

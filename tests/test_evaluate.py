@@ -1,17 +1,23 @@
 """Scores: each clip exactly once and in the manifest's order, whatever the ranks and the batches."""
 
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import soundfile
 import torch
 
-from fastsskd import distributed, evaluate
+import fastsskd_kernels as kernels
+from fastsskd import cli, distributed, evaluate, layouts, manifest, score_file
 from fastsskd.clip_columns import from_columns
 from fastsskd.errors import InputError
+from fastsskd.evaluate_report import table
+from fastsskd.patches import num_input_frames
 from fastsskd.sampler import Sampler
-from fastsskd.weights import ModelInfo, save_model
+from fastsskd.weights import ModelInfo, load_model, save_model
 
 CLASSES = ("a", "b", "c")
 INFO = ModelInfo("nano", CLASSES, False, 0.96, -4.0, 4.5)
@@ -116,3 +122,121 @@ def test_nothing_readable_is_bad_input():
     scores = evaluate.Scores(np.zeros((0, 3), np.float32), np.zeros(0, np.int64), {"clip0": "broken"})
     with pytest.raises(InputError, match=r"no clip of the evaluation set could be read \(first: clip0: broken"):
         evaluate.summarise(scores.probs, scores, Truth([0]))
+
+
+# ------------------------------------------------------------------------------------------- crops, averages, command
+
+LENGTHS = {"a": (15000, 40001), "b": (15360, 50000), "c": (15361, 200000)}
+"""Samples of the clips of each class; a crop has 15360."""
+
+
+@pytest.fixture(scope="module")
+def noises(tmp_path_factory):
+    """Manifest of six clips of noise, two of them no longer than the model's length."""
+    folder, random = tmp_path_factory.mktemp("noises"), np.random.default_rng(0)
+    for name, lengths in LENGTHS.items():
+        (folder / name).mkdir()
+        for length in lengths:
+            envelope = 0.01 + 0.2 * np.sin(np.arange(length) / random.uniform(1000, 9000)) ** 2
+            soundfile.write(folder / name / f"{length}.wav", envelope * random.standard_normal(length), 16000)
+    path = tmp_path_factory.mktemp("tables") / "noises.manifest"
+    manifest.save(layouts.build(folder), path)
+    return path
+
+
+@pytest.fixture
+def checkpoints(tmp_path, make_model):
+    """Two models' files."""
+    files = []
+    for seed in (1, 2):
+        files.append(tmp_path / f"{seed}/model.safetensors")
+        save_model(files[-1], make_model(num_classes=3, seed=seed).state_dict(), INFO)
+    return files
+
+
+def heard(checkpoint, samples) -> np.ndarray:
+    """A model's probabilities for exactly these samples."""
+    model, info = load_model(checkpoint)
+    clip = torch.from_numpy(samples.astype(np.float32))[None]
+    fbank, _ = kernels.features(clip, num_frames=num_input_frames(info.seconds), mean=info.mean, std=info.std)
+    with torch.no_grad():
+        return model(fbank)[0].softmax(dim=-1)[0].numpy()
+
+
+@pytest.mark.parametrize("crops", [1, 2, 4])
+def test_crops_are_evenly_spaced_and_short_clips_are_heard_once(noises, checkpoints, crops):
+    clips, n = manifest.load(noises), 15360
+    rated = evaluate.rate(checkpoints[:1], clips, crops=crops, batch_size=4)
+    assert rated.metrics["heard_once"] == (2 if crops > 1 else None) and rated.metrics["crops"] == crops
+    assert rated.clips.key.tolist() == [clips.key(i) for i in range(6)]
+    for i, probs in enumerate(rated.clips.probs):
+        samples, _ = soundfile.read(clips.path(i))
+        starts = [0]
+        if len(samples) > n:
+            starts = [min(k * (len(samples) - n + 1) // max(crops - 1, 1), len(samples) - n) for k in range(crops)]
+        parts = [np.tile(samples, 2)[start : start + n] for start in starts]
+        np.testing.assert_allclose(probs, np.mean([heard(checkpoints[0], p) for p in parts], axis=0), atol=1e-5)
+
+
+def test_a_clip_whose_end_only_some_crops_hear_is_left_out_whole():
+    first = evaluate.Scores(np.full((3, 2), 0.5, np.float32), np.arange(3), {})
+    second = evaluate.Scores(np.full((1, 2), 1.0, np.float32), np.array([2]), {"b": "broken"})
+    mean = evaluate._mean([first, second], np.array([1, 2, 2]))
+    assert mean.index.tolist() == [0, 2] and mean.skipped == {"b": "broken"}
+    np.testing.assert_array_equal(mean.probs, [[0.5, 0.5], [0.75, 0.75]])
+
+
+def test_the_mean_of_weights_is_a_model_of_its_own(noises, checkpoints, make_model):
+    one, two = (make_model(num_classes=3, seed=seed) for seed in (1, 2))
+    with torch.no_grad():
+        for a, b in zip(one.parameters(), two.parameters(), strict=True):
+            a.copy_((a + b) / 2)
+    mean = checkpoints[0].with_name("mean.safetensors")
+    save_model(mean, one.state_dict(), INFO)
+    own = evaluate.rate(checkpoints, noises, average=True)
+    np.testing.assert_allclose(own.clips.probs, evaluate.rate([mean], noises).clips.probs, atol=1e-6)
+    of_probs = evaluate.rate(checkpoints, noises).clips.probs
+    each = [evaluate.rate([path], noises).clips.probs for path in checkpoints]
+    np.testing.assert_allclose(of_probs, np.mean(each, axis=0), atol=1e-6)
+    assert np.abs(own.clips.probs - of_probs).max() > 1e-4
+    same = evaluate.rate([checkpoints[0]] * 3, noises, average=True)
+    np.testing.assert_allclose(same.clips.probs, each[0], atol=1e-5)
+
+
+def test_weights_of_different_kinds_are_not_averaged(noises, checkpoints, make_model):
+    save_model(checkpoints[1], make_model(num_classes=3).state_dict(), dataclasses.replace(INFO, std=4.0))
+    with pytest.raises(InputError, match=r"std 4\.0, the first has 4\.5"):
+        evaluate.rate(checkpoints, noises, average=True)
+
+
+def test_the_command_writes_what_it_says(noises, checkpoints, tmp_path, capsys):
+    files = ["--scores", str(tmp_path / "s.npz"), "--confusion", str(tmp_path / "c.png")]
+    asked = ["evaluate", "--checkpoint", *map(str, checkpoints), "--crops", "2", "--average", *files]
+    assert cli.main([*asked, "--bootstrap", "50", str(noises)]) == 0
+    printed, told = capsys.readouterr()
+    metrics = json.loads(printed)
+    scores = score_file.load(tmp_path / "s.npz")
+    assert metrics["accuracy"] == np.mean(scores.probs.argmax(axis=1) == scores.label)
+    assert metrics["interval"]["resamples"] == 50 and len(metrics["interval"]["mAP"]) == 2
+    assert sum(pair["clips"] for pair in metrics["confused"]) == round(6 * (1 - metrics["accuracy"]))
+    assert (tmp_path / "c.png").stat().st_size > 5000
+    assert "on 6 clips, 3 classes; 0 left out" in told and "mean of the weights of 2 checkpoints" in told
+    assert "mean over 2 crops of each clip; 2 of 6, not longer" in told and "95 % over clips" in told
+    assert told.strip() == table(metrics)
+
+
+def test_a_multi_label_set_has_no_confusion(tmp_path, checkpoints, capsys):
+    clips = from_columns(
+        ["a.wav", "b.wav"], root="/d", labels=pa.array([[0, 1], [2]]), classes=CLASSES, multi_label=True
+    )
+    manifest.save(clips, tmp_path / "m.manifest")
+    given = ["--checkpoint", str(checkpoints[0]), "--confusion", "c.png", str(tmp_path / "m.manifest")]
+    assert cli.main(["evaluate", *given]) == 2
+    assert "may have several labels" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_named(noises, checkpoints, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    given = ["--checkpoint", str(checkpoints[0]), "--scores", str(tmp_path / "file/s.npz"), str(noises)]
+    assert cli.main(["evaluate", *given]) == 1
+    assert "file/s.npz: cannot be written: " in capsys.readouterr().err.splitlines()[-1]

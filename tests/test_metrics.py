@@ -72,6 +72,8 @@ def test_map_auc_and_d_prime_are_means_over_classes(multi_label, ties):
         row = metrics["per_class"][name]
         assert row["AP"] == pytest.approx(precision[c]) and row["AUC"] == pytest.approx(area[c])
         assert row["num_clips"] == truth[:, c].sum()
+        if 0.0 < area[c] < 1.0:
+            assert normal_cdf(row["d_prime"] / math.sqrt(2)) == pytest.approx(area[c])
 
 
 def test_accuracy_and_top5_of_single_labels():
@@ -109,7 +111,10 @@ def test_a_class_without_clips_is_left_out_of_the_means():
     probs, labels, classes = case(4, num_classes=4)
     labels = np.where(labels == 2, 1, labels)
     metrics = classification_metrics(probs, labels, classes)
-    assert metrics["per_class"]["class2"] == {"AP": None, "AUC": None, "num_clips": 0, "accuracy": None}
+    assert metrics["per_class"]["class2"] == {
+        **dict.fromkeys(("AP", "AUC", "d_prime", "accuracy")),
+        "num_clips": 0,
+    }
     assert metrics["num_classes"] == 3
     kept = [metrics["per_class"][name]["AP"] for name in ("class0", "class1", "class3")]
     assert metrics["mAP"] == pytest.approx(np.mean(kept))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from training import losses
 from vit_files import google_arrays
 
-from fastsskd import manifest
+from fastsskd import manifest, score_file
 from fastsskd.weights import load_model
 
 
@@ -35,6 +35,12 @@ def test_a_run_leaves_what_the_interface_promises(finished):
         eight = {f"{term}_{view}" for term in ("restore", "mse", "kl", "contrast") for view in ("intra", "inter")}
         assert eight <= iteration["ssl"]["losses"].keys()
         assert {"label", "teacher_label", "regression"} <= iteration["distill"]["losses"].keys()
+    names = {"teacher", "iter1-distill", "iter2-distill", "ensemble"}
+    scores = {path.stem: score_file.load(path) for path in (out / "scores").iterdir()}
+    assert scores.keys() == names
+    for name, metrics in (("iter2-distill", result["metrics"]), ("ensemble", result["ensemble"])):
+        own = scores[name]
+        assert metrics["accuracy"] == np.mean(own.probs.argmax(axis=1) == own.label) and len(own.key) == 8
     stages = ["teacher", "iter1-ssl", "iter1-distill", "iter2-ssl", "iter2-distill"]
     assert list(dict.fromkeys(line["stage"] for line in lines)) == stages
     assert "ensemble" in printed and "clips/s" in printed and "left" in printed

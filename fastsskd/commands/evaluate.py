@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastsskd.commands.arguments import command, positive
+import numpy as np
+
+from fastsskd.commands.arguments import command, natural, positive
 from fastsskd.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from fastsskd.manifest import Manifest
 
 
 def add(commands: Any) -> None:
@@ -15,6 +21,15 @@ def add(commands: Any) -> None:
     evaluate.add_argument("--checkpoint", nargs="+", required=True, metavar="C", help="several = mean of probabilities")
     evaluate.add_argument("manifest", nargs="?", help="manifest or folder")
     evaluate.add_argument("--folds", type=int, nargs="+", default=(), metavar="K", help="only these folds")
+    evaluate.add_argument(
+        "--crops", type=positive, default=1, metavar="N", help="evenly spaced crops of longer clips; 1 = the beginning"
+    )
+    evaluate.add_argument("--average", action="store_true", help="the mean of the checkpoints' weights, as one model")
+    evaluate.add_argument(
+        "--bootstrap", type=natural, default=1000, metavar="R", help="resamples for the 95 %% intervals; 0 = none"
+    )
+    evaluate.add_argument("--confusion", metavar="FILE", help="draw the confusion matrix: .png, .svg or .pdf")
+    evaluate.add_argument("--scores", metavar="FILE.npz", help="write the class probabilities of each clip")
     evaluate.add_argument("--batch_size", type=positive, default=32)
     evaluate.add_argument("--device", default=None, help="cpu or cuda; default: cuda if there is one")
     evaluate.add_argument("--workers", type=positive, default=None, help="threads; default: all cores")
@@ -23,23 +38,40 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from fastsskd.evaluate import evaluate, table, to_json
+    from fastsskd import confusion, score_file
+    from fastsskd.evaluate import rate
+    from fastsskd.evaluate_report import table
     from fastsskd.loader import open_manifest
 
     if args.manifest is None:  # `--checkpoint A B MANIFEST`: argparse gave the option all three
         *args.checkpoint, args.manifest = args.checkpoint
         if not args.checkpoint:
             raise UsageError("fastsskd evaluate: give both a checkpoint and a manifest: --checkpoint C MANIFEST")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     clips = open_manifest(args.manifest)
-    if args.folds:
-        import numpy as np
-
-        chosen = np.isin(clips.folds, args.folds)
-        if not chosen.any():
-            raise InputError(f"{args.manifest}: has no clip in fold(s) {', '.join(map(str, args.folds))}")
-        clips = clips.select(chosen)
-    metrics = evaluate(args.checkpoint, clips, batch_size=args.batch_size, device=device, workers=args.workers or 0)
-    print(table(metrics), file=sys.stderr)
-    print(to_json(metrics))
+    if args.confusion and clips.multi_label:
+        raise UsageError(f"--confusion: the clips of {args.manifest} may have several labels; use the table")
+    names = ("batch_size", "crops", "average")
+    options = {name: getattr(args, name) for name in names} | {"resamples": args.bootstrap}
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rated = rate(args.checkpoint, of_folds(clips, args), device=device, workers=args.workers or 0, **options)
+    if args.scores:
+        try:
+            score_file.save(args.scores, rated.clips)
+        except OSError as error:
+            raise InputError(f"--scores {args.scores}: cannot be written: {error.strerror}") from None
+    if args.confusion:
+        matrix = confusion.confusion_matrix(rated.clips.probs, rated.clips.label)
+        confusion.draw(matrix, rated.clips.classes, args.confusion)
+    print(table(rated.metrics), file=sys.stderr)
+    print(json.dumps(rated.metrics, indent=1))
     return 0
+
+
+def of_folds(clips: Manifest, args: argparse.Namespace) -> Manifest:
+    """The clips of the folds that were asked for."""
+    if not args.folds:
+        return clips
+    chosen = np.isin(clips.folds, args.folds)
+    if not chosen.any():
+        raise InputError(f"{args.manifest}: has no clip in fold(s) {', '.join(map(str, args.folds))}")
+    return clips.select(chosen)
