@@ -65,7 +65,7 @@ class WaveformModel(nn.Module):
         return (nn.functional.pad(fbank, (0, 0, 0, self.padding)) - self.mean) * self.factor
 
 
-def export_onnx(model: ACM, info: ModelInfo, file: str | Path, *, input: str = "fbank") -> float | None:
+def export_onnx(model: ACM, info: ModelInfo, file: str | Path, *, given: str = "fbank") -> float | None:
     """Write ``file`` and hold it against the model with onnxruntime, where that is installed.
 
     The input is ``fbank (B, T, F)``, normalised, or ``waveform (B, S)`` at 16 kHz; B is free. The outputs are
@@ -73,7 +73,7 @@ def export_onnx(model: ACM, info: ModelInfo, file: str | Path, *, input: str = "
     file's metadata, under ``fastsskd``, as JSON.
 
     Args:
-        input: one of ``INPUTS``.
+        given: what it takes, one of ``INPUTS``.
 
     Returns:
         The largest difference that was found; None without onnxruntime.
@@ -85,18 +85,18 @@ def export_onnx(model: ACM, info: ModelInfo, file: str | Path, *, input: str = "
     import onnx
 
     file = Path(file)
-    module = model if input == "fbank" else WaveformModel(model, info)
+    module = model if given == "fbank" else WaveformModel(model, info)
     module = module.eval().requires_grad_(False)
-    shape = (model.grid_size[0] * PATCH, NUM_MEL_BINS) if input == "fbank" else (module.num_samples,)
+    shape = (model.grid_size[0] * PATCH, NUM_MEL_BINS) if given == "fbank" else (module.num_samples,)
     example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)) * 0.1
-    program = _trace(module, example, input, model.head is not None).model_proto
-    about = describe(model, info) | {"takes": input, "gives": [output.name for output in program.graph.output]}
+    program = _trace(module, example, given, model.head is not None).model_proto
+    about = describe(model, info) | {"takes": given, "gives": [output.name for output in program.graph.output]}
     onnx.helper.set_model_props(program, {"fastsskd": json.dumps(about)})
     temporary = file.with_name(f".{file.name}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         onnx.save(program, temporary)
-        difference = _largest_difference(module, temporary, input, example[:1].repeat(3, *[1] * len(shape)))
+        difference = _largest_difference(module, temporary, given, example[:1].repeat(3, *[1] * len(shape)))
         if difference is not None and not difference <= TOLERANCE:
             raise InputError(f"{file}: onnxruntime's answers differ from the model's by {difference:.2g}; not written")
         os.replace(temporary, file)

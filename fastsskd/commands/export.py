@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if args.onnx:
         from fastsskd.onnx_model import OPSET, export_onnx
 
-        difference = export_onnx(model, info, args.onnx, input=args.input)
+        difference = export_onnx(model, info, args.onnx, given=args.input)
         checked = (
             "onnxruntime is not installed, so its answers were not checked"
             if difference is None
