@@ -18,12 +18,28 @@ from fastsskd.commands import (
     plan,
     predict,
     profile,
+    report,
     stats,
     teach,
 )
 from fastsskd.errors import InputError
 
-COMMANDS = (index, check, stats, pack, evaluate, predict, embed, export, teach, plan, profile, config, completion)
+COMMANDS = (
+    index,
+    check,
+    stats,
+    pack,
+    evaluate,
+    predict,
+    embed,
+    export,
+    teach,
+    plan,
+    profile,
+    report,
+    config,
+    completion,
+)
 """In the order of ``fastsskd --help``."""
 
 

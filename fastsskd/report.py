@@ -1,22 +1,46 @@
-"""What a finished run shows: a table for the terminal and the plots in its folder."""
+"""What a finished run shows: a table for the terminal, and a plot and a page in its folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from fastsskd import durable
+from fastsskd.errors import InputError
 from fastsskd.health import VIEWS
+from fastsskd.report_data import RunData, read_run
+from fastsskd.report_page import page
 from fastsskd.run_folder import read_metrics
+
+PAGE = "report.html"
 
 
 def show(path: Path, result: dict[str, Any]) -> str:
-    """Draw the loss curves of the run at ``path`` and return its table as text."""
+    """Draw the loss curves of the run at ``path``, write its page, and return its table as text."""
     from fastsskd.figures import loss_curves
 
     lines = read_metrics(path)
     if lines:
         loss_curves(lines, path / "plots" / "losses.png")
-    return table(path, result)
+    text = table(path, result)
+    try:
+        return f"{text}\nThe whole report: {write_page(read_run(path), path / PAGE)}"
+    except Exception as error:  # the run is complete: nothing about its page may spoil that
+        return f"{text}\n{PAGE} could not be written: {error!r}"
+
+
+def write_page(run: RunData, file: Path) -> Path:
+    """Write the run's report as one HTML page.
+
+    Raises:
+        InputError: it cannot be written there.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        durable.write_text(file, page(run))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written: {error.strerror}; choose another place with --out") from None
+    return file
 
 
 def table(path: Path, result: dict[str, Any]) -> str:

@@ -1,0 +1,82 @@
+"""The curves of a stage: which numbers of metrics.jsonl share a drawing, in which colours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastsskd import health
+from fastsskd.report_charts import GREY, Series, line_chart
+from fastsskd.report_data import StageData
+from fastsskd.run_folder import LINE_FIELDS
+
+BLACK, BLUE, ORANGE, GREEN, RED, PURPLE, BROWN = (
+    "#1c2024", "#2166ac", "#d97706", "#1f8a5b", "#c0392b", "#7b4fa3", "#7a5a3a",
+)  # fmt: skip
+_KINDS = {"restore": BLUE, "mse": ORANGE, "kl": GREEN, "contrast": PURPLE}
+LEAST_EXPLAINED = -20.0
+"""Per cent; the first steps are far below, and would flatten all that follows."""
+_OTHERS = (BLUE, ORANGE, GREEN, PURPLE, RED, BROWN)
+
+
+def stage_charts(stage: StageData) -> list[str]:
+    """Loss and terms; the health of Multi-SSL; gradient norm, learning rate, speed and waiting."""
+    lines = stage.lines
+    charts = [line_chart("Loss and its terms", _losses(lines), unit="loss", log=True)]
+    if stage.is_ssl:
+        charts += _health(lines)
+    charts += [
+        line_chart("Gradient norm, before clipping", [_one(lines, "grad_norm", PURPLE)], unit="norm", log=True),
+        line_chart("Learning rate", [_one(lines, "lr", BROWN)], unit="learning rate", from_zero=True),
+        line_chart("Speed", [_one(lines, "clips_per_second", BLUE)], unit="clips / s", from_zero=True),
+        line_chart("Waiting for data", [_one(lines, "wait", RED, 100.0)], unit="% of the time", from_zero=True),
+    ]
+    return [chart for chart in charts if chart]
+
+
+def _one(
+    lines: list[dict[str, Any]], name: str, colour: str, factor: float = 1.0, title: str = "", **looks: Any
+) -> Series:
+    values = [line.get(name) for line in lines]
+    y = [None if value is None else factor * value for value in values]
+    return Series(title or name, [line["epoch"] for line in lines], y, colour, **looks)
+
+
+def _losses(lines: list[dict[str, Any]]) -> list[Series]:
+    names = dict.fromkeys(name for line in lines for name in line)
+    known = LINE_FIELDS | {"loss", *health.NAMES}
+    terms = [name for name in names if name not in known and _is_number(lines, name)]
+    series = [_one(lines, "loss", BLACK, title="total", width=2.4)]
+    others = iter(_OTHERS * 4)
+    for name in terms:
+        kind, _, view = name.rpartition("_")
+        if view in health.VIEWS and kind in _KINDS:
+            series.append(_one(lines, name, _KINDS[kind], title=name.replace("_", " "), dashed=view == "inter"))
+        elif len(terms) > 1:  # a single term is the total
+            series.append(_one(lines, name, next(others), title=name.replace("_", " ")))
+    return series
+
+
+def _is_number(lines: list[dict[str, Any]], name: str) -> bool:
+    return all(isinstance(line.get(name, 0.0), (int, float)) for line in lines)
+
+
+def _health(lines: list[dict[str, Any]]) -> list[str]:
+    def pair(name: str, colour: str, title: str) -> list[Series]:
+        looks = {"intra": False, "inter": True}
+        own = [(view, dashed) for view, dashed in looks.items() if any(f"{name}_{view}" in line for line in lines)]
+        return [_one(lines, f"{name}_{view}", colour, 100.0, f"{title}, {view}", dashed=d) for view, d in own]
+
+    accuracy = pair("contrast_accuracy", PURPLE, "own pair found")
+    chance = [_one(lines, "contrast_chance", GREY, 100.0, "by guessing", width=1.2)] if accuracy else []
+    rank = [_one(lines, "effective_rank", GREEN, title="effective rank", width=2.0)]
+    rank.append(_one(lines, "rank_limit", GREY, title="the most a batch allows", width=1.2))
+    spread = [_one(lines, "feature_spread", ORANGE, 100.0, "spread")]
+    explained = pair("explained", BLUE, "explained") + pair("positions", GREY, "by positions alone")
+    return [
+        line_chart("Reconstruction: variance explained", explained, unit="% of the variance", lowest=LEAST_EXPLAINED),
+        line_chart(
+            "Contrast: clips that find their own pair", accuracy + chance, unit="% of the clips", from_zero=True
+        ),
+        line_chart("Effective rank of the clips' features", rank, unit="dimensions", from_zero=True),
+        line_chart("Difference between clips' features", spread, unit="% of their size", from_zero=True),
+    ]
