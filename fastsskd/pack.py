@@ -80,6 +80,7 @@ def pack(
     shuffle: int | None = None,
     workers: int = 0,
     max_bad_share: float | None = None,
+    quiet: bool = False,
 ) -> Packed:
     """Pack all clips of a manifest, or go on where a killed job has stopped.
 
@@ -91,6 +92,7 @@ def pack(
         shuffle: seed of the order of the clips in the shards; None = the manifest's order.
         workers: threads, 0 = all cores.
         max_bad_share: stop when a larger share of the clips is bad; None = never.
+        quiet: no progress on stderr.
 
     Raises:
         InputError: no clip or too few can be packed, the disk is full, the job was interrupted, or the folder belongs
@@ -103,7 +105,7 @@ def pack(
     with open_folder(out, identity):
         job = Job(manifest, order, out, encoding=encoding, shard_size=shard_size, max_bad_share=max_bad_share)
         try:
-            was_complete = not job.run(workers or cores_per_rank()) and has_result(out)
+            was_complete = not job.run(workers or cores_per_rank(), quiet) and has_result(out)
             packed = _result(job, manifest, out, was_complete)
             if not was_complete:
                 remove_shards(out, job.number)  # of a time when the same clips gave more of them

@@ -68,7 +68,7 @@ class Job:
         self.offset, self.size = np.zeros((2, len(manifest)), np.int64)
         self.rejected: dict[int, str] = {}
 
-    def run(self, workers: int) -> bool:
+    def run(self, workers: int, quiet: bool = False) -> bool:
         """Make the shards that are not there; returns whether there were any.
 
         Raises:
@@ -82,7 +82,7 @@ class Job:
                 if index is None or index.begin != self.done:
                     if not made:
                         remove_result(self._out)
-                        made, progress = True, Progress(len(self._order), self.done)
+                        made, progress = True, Progress(len(self._order), self.done, quiet=quiet)
                     clips = clips or self._packed_clips(pool, AHEAD * workers)
                     index = self._write_shard(clips, progress)
                 elif clips is not None:  # someone has removed a shard in the middle, and this one is still there

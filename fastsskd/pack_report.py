@@ -22,11 +22,12 @@ class Progress:
     Args:
         num_clips: of the whole job. done: of these, in shards that were finished before.
         what: they are called.
+        quiet: print nothing.
     """
 
-    def __init__(self, num_clips: int, done: int = 0, what: str = "clips"):
+    def __init__(self, num_clips: int, done: int = 0, what: str = "clips", quiet: bool = False):
         self._num_clips, self._done_before, self._done, self._rejected, self._bytes = num_clips, done, done, 0, 0
-        self._what = what
+        self._what, self._quiet = what, quiet
         self._begin = self._last = time.monotonic()
         self._terminal = sys.stderr.isatty()
         self._open_line = False
@@ -37,7 +38,7 @@ class Progress:
         self._bytes += size or 0
         self._rejected += size is None
         now = time.monotonic()
-        if now - self._last < EVERY:
+        if self._quiet or now - self._last < EVERY:
             return
         self._last = now
         rate = (self._done - self._done_before) / (now - self._begin)

@@ -68,7 +68,15 @@ class Options:
 
 
 def teach(
-    clips: Manifest, out: str | Path, options: Options, *, source: str, device: str, batch_size: int, workers: int = 0
+    clips: Manifest,
+    out: str | Path,
+    options: Options,
+    *,
+    source: str,
+    device: str,
+    batch_size: int,
+    workers: int = 0,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Store a teacher's answers for all crops, or go on where a killed job has stopped.
 
@@ -81,6 +89,7 @@ def teach(
         device: of the teacher, ``"cpu"`` or ``"cuda"``.
         batch_size: clips that the teacher hears at a time.
         workers: of the loader, 0 = all cores.
+        quiet: no progress on stderr.
 
     Returns:
         ``clips``, ``crops``; ``stored`` crops and ``bad`` clips; ``bytes`` of the folder, and
@@ -104,7 +113,7 @@ def teach(
         with AnswerFolder.open(out, listener.identity(), facts, clips) as folder:
             before = int((folder.done == STORED).sum())
             (out / REJECTED).unlink(missing_ok=True)  # its clips are tried again
-            _hear_all(listener, folder, batch_size, workers)
+            _hear_all(listener, folder, batch_size, workers, quiet)
             result = _result(folder, before, time.monotonic() - begin)
     except (KeyboardInterrupt, OSError) as error:
         reason = f"cannot be written ({error.strerror or error})" if isinstance(error, OSError) else "interrupted"
@@ -167,10 +176,10 @@ class _Listener:
         return features, *stored_scores.encode(probs, self.top_k)
 
 
-def _hear_all(listener: _Listener, folder: AnswerFolder, batch_size: int, workers: int) -> None:
+def _hear_all(listener: _Listener, folder: AnswerFolder, batch_size: int, workers: int, quiet: bool) -> None:
     """Every crop that is not stored yet."""
     options, clips = listener.options, listener.clips
-    progress = Progress(folder.done.size, int((folder.done == STORED).sum()), what="crops")
+    progress = Progress(folder.done.size, int((folder.done == STORED).sum()), "crops", quiet)
     try:
         for crop in range(options.crops):
             todo = np.flatnonzero(folder.done[crop] != STORED)

@@ -10,15 +10,23 @@ from typing import Any
 
 from fastsskd.commands.arguments import command, positive
 
+EXAMPLES = """
+fastsskd check my.manifest
+fastsskd check my.manifest --write --json
+"""
+
 
 def add(commands: Any) -> None:
-    check = command(commands, "check", run, "decode every clip and list the bad ones; exit 1 if there are any")
+    check = command(
+        commands, "check", run, "decode every clip and list the bad ones; exit 1 if there are any", EXAMPLES
+    )
     check.add_argument("manifest")
     check.add_argument(
         "--write", action="store_true", help="mark the bad clips in the manifest; training leaves them out"
     )
     check.add_argument("--json", action="store_true", help="print the result as JSON")
     check.add_argument("--workers", type=positive, default=None, help="threads; default: all cores")
+    check.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     for done, found in find_bad(table, workers=args.workers or 0):
         bad = dict(found)
         now = time.monotonic()
-        if now - last > 2.0:
+        if now - last > 2.0 and not args.quiet:
             last = now
             left = (now - begin) / done * (len(table) - done)
             print(f"{done}/{len(table)} clips, {len(bad)} bad, {left:.0f} s left", file=sys.stderr)

@@ -14,14 +14,15 @@ fastsskd completion zsh > ~/.fastsskd-completion.zsh
 SCRIPT = """\
 _fastsskd() {{
     local current="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}" words=""
-    case "${{COMP_WORDS[1]}} $before" in
-{choices}
-    esac
-    if [[ -z "$words" && "$COMP_CWORD" -eq 1 ]]; then
-        words="{commands}"
-    elif [[ -z "$words" && "$current" == -* ]]; then
+    if [[ "$COMP_CWORD" -eq 1 ]]; then
+        words="{commands} --help --version"
+    elif [[ "$current" == -* ]]; then
         case "${{COMP_WORDS[1]}}" in
 {options}
+        esac
+    else
+        case "${{COMP_WORDS[1]}} $before" in
+{choices}
         esac
     fi
     COMPREPLY=($(compgen -W "$words" -- "$current"))
@@ -59,5 +60,5 @@ def script(parsers: dict[str, argparse.ArgumentParser]) -> str:
                 continue
             said = " ".join(map(str, action.choices))
             befores = action.option_strings or [name]
-            choices += [f'        "{name} {before}") words="{said}" ;;' for before in befores]
+            choices += [f'            "{name} {before}") words="{said}" ;;' for before in befores]
     return SCRIPT.format(commands=" ".join(parsers), options="\n".join(options), choices="\n".join(choices))

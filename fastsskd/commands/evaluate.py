@@ -7,17 +7,20 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from fastsskd.commands.arguments import command, natural, positive
 from fastsskd.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from fastsskd.manifest import Manifest
 
+EXAMPLES = """
+fastsskd evaluate --checkpoint runs/mine/checkpoints/iter2-distill my.manifest --folds 5
+fastsskd evaluate --checkpoint runs/mine/checkpoints/iter1-distill runs/mine/checkpoints/iter2-distill my.manifest
+"""
+
 
 def add(commands: Any) -> None:
-    evaluate = command(commands, "evaluate", run, "metrics as JSON on stdout, a table on stderr")
+    evaluate = command(commands, "evaluate", run, "metrics as JSON on stdout, a table on stderr", EXAMPLES)
     evaluate.add_argument("--checkpoint", nargs="+", required=True, metavar="C", help="several = mean of probabilities")
     evaluate.add_argument("manifest", nargs="?", help="manifest or folder")
     evaluate.add_argument("--folds", type=int, nargs="+", default=(), metavar="K", help="only these folds")
@@ -30,7 +33,7 @@ def add(commands: Any) -> None:
     )
     evaluate.add_argument("--confusion", metavar="FILE", help="draw the confusion matrix: .png, .svg or .pdf")
     evaluate.add_argument("--scores", metavar="FILE.npz", help="write the class probabilities of each clip")
-    evaluate.add_argument("--batch_size", type=positive, default=32)
+    evaluate.add_argument("--batch_size", type=positive, default=32, help="clips (default %(default)s)")
     evaluate.add_argument("--device", default=None, help="cpu or cuda; default: cuda if there is one")
     evaluate.add_argument("--workers", type=positive, default=None, help="threads; default: all cores")
 
@@ -71,6 +74,8 @@ def of_folds(clips: Manifest, args: argparse.Namespace) -> Manifest:
     """The clips of the folds that were asked for."""
     if not args.folds:
         return clips
+    import numpy as np
+
     chosen = np.isin(clips.folds, args.folds)
     if not chosen.any():
         raise InputError(f"{args.manifest}: has no clip in fold(s) {', '.join(map(str, args.folds))}")

@@ -9,9 +9,14 @@ from typing import Any
 
 from fastsskd.commands.arguments import command
 
+EXAMPLES = """
+fastsskd index recordings/ --out my.manifest
+fastsskd index ESC-50-master --out esc50.manifest
+"""
+
 
 def add(commands: Any) -> None:
-    index = command(commands, "index", run, "read a data set's layout and write its manifest")
+    index = command(commands, "index", run, "read a data set's layout and write its manifest", EXAMPLES)
     index.add_argument("source", metavar="SRC", help="folder, or the data set's csv or json")
     index.add_argument("--out", required=True, metavar="MANIFEST", help="file to write")
 

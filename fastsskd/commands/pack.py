@@ -9,9 +9,16 @@ from typing import Any
 
 from fastsskd.commands.arguments import command, megabytes, positive, share
 
+EXAMPLES = """
+fastsskd pack my.manifest --out packed
+fastsskd pack recordings/ --out packed --encoding flac --max_bad_share 0.05
+"""
+
 
 def add(commands: Any) -> None:
-    pack = command(commands, "pack", run, "any audio -> 16 kHz mono in WebDataset shards, for fast random access")
+    pack = command(
+        commands, "pack", run, "any audio -> 16 kHz mono in WebDataset shards, for fast random access", EXAMPLES
+    )
     pack.add_argument("manifest", help="manifest or folder")
     pack.add_argument(
         "--out", required=True, metavar="DIR", help="folder for the shards; the same command goes on there"
@@ -25,6 +32,7 @@ def add(commands: Any) -> None:
     pack.add_argument(
         "--max_bad_share", type=share, default=None, metavar="X", help="stop when more of the clips are bad, say 0.05"
     )
+    pack.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         shuffle=args.shuffle,
         workers=args.workers or 0,
         max_bad_share=args.max_bad_share,
+        quiet=args.quiet,
     )
     print(packed, file=sys.stderr)
     return 0

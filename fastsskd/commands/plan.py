@@ -10,9 +10,14 @@ from typing import Any
 from fastsskd.commands.arguments import command, positive
 from fastsskd.errors import UsageError
 
+EXAMPLES = """
+fastsskd plan --config launch/configs/audioset2m.toml --ds_config launch/ds_config_v100.json --gpu V100-32
+fastsskd plan --config launch/configs/esc50.toml --ds_config launch/ds_config.json --gpu this --json
+"""
+
 
 def add(commands: Any) -> None:
-    plan = command(commands, "plan", run, "memory, time, communication and loader needs of a run at N GPUs")
+    plan = command(commands, "plan", run, "memory, time, communication and loader needs of a run at N GPUs", EXAMPLES)
     plan.add_argument("--config", required=True, metavar="T", help="TOML of the run; presets are in launch/configs/")
     plan.add_argument("--ds_config", required=True, metavar="J", help="DeepSpeed JSON of the run")
     plan.add_argument("--set", action="append", default=[], metavar="a.b=c", help="change one field of the TOML")

@@ -10,9 +10,16 @@ from typing import Any
 from fastsskd.commands.arguments import command, positive
 from fastsskd.errors import UsageError
 
+EXAMPLES = """
+fastsskd stats my.manifest --seconds 5
+fastsskd stats my.manifest --limit 2000
+"""
+
 
 def add(commands: Any) -> None:
-    stats = command(commands, "stats", run, "mean and std of the features, class counts, lengths, sampling rates")
+    stats = command(
+        commands, "stats", run, "mean and std of the features, class counts, lengths, sampling rates", EXAMPLES
+    )
     stats.add_argument("manifest")
     stats.add_argument("--seconds", type=float, default=10.0, help="length of the crops (default %(default)s)")
     stats.add_argument("--limit", type=int, default=0, help="clips to compute mean and std from; default all")

@@ -10,9 +10,16 @@ from typing import Any
 from fastsskd.commands.arguments import command, positive
 from fastsskd.errors import UsageError
 
+EXAMPLES = """
+fastsskd teach --teacher runs/mine/checkpoints/iter2-distill my.manifest --out answers
+fastsskd teach --teacher ast.pth --teacher_classes class_labels_indices.csv my.manifest --out answers --crops 4
+"""
+
 
 def add(commands: Any) -> None:
-    teach = command(commands, "teach", run, "a teacher's answers stored once, for training with distill.stored")
+    teach = command(
+        commands, "teach", run, "a teacher's answers stored once, for training with distill.stored", EXAMPLES
+    )
     teach.add_argument("manifest", help="manifest or folder")
     teach.add_argument(
         "--teacher", action="append", required=True, metavar="T", help="checkpoint; again for each of several as one"
@@ -34,6 +41,7 @@ def add(commands: Any) -> None:
     teach.add_argument("--class_map", default="", metavar="JSON", help="as distill.class_map")
     teach.add_argument("--device", choices=("cpu", "cuda"), default=None, help="default: cuda if there is one")
     teach.add_argument("--workers", type=positive, default=None, help="threads; default: all cores")
+    teach.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch finds no GPU here; leave it out to use the CPU")
-    run = {"device": device, "batch_size": args.batch_size, "workers": args.workers or 0}
+    run = {"device": device, "batch_size": args.batch_size, "workers": args.workers or 0, "quiet": args.quiet}
     result = teach(open_manifest(args.manifest), args.out, options, source=args.manifest, **run)
     bad = f", {result['bad']} clips are bad, see {args.out}/rejected.tsv" if result["bad"] else ""
     print(f"{args.out} is complete: {result['stored']} crops of {result['clips']} clips{bad}", file=sys.stderr)
