@@ -5,9 +5,14 @@ import json
 import engines
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
+from training import losses
 
-from fastsskd import engine_state
+from fastsskd import engine_state, manifest
 from fastsskd.errors import InputError
+from fastsskd.evaluate import evaluate
+from fastsskd.manifest import split
 from fastsskd.moving_average import MovingAverage, decay_at
 
 
@@ -78,6 +83,68 @@ def test_two_ranks_have_the_average_of_one(followed):
     one, two = (found(followed, f"followed by {n}") for n in (1, 2))
     for kind in ("0 fp32", "1 fp32", "2 fp32", "3 fp32"):
         np.testing.assert_allclose(two[kind][-1]["average"], one[kind][-1]["average"], rtol=0, atol=1e-5, err_msg=kind)
+
+
+# --------------------------------------------------------------------------------------------------------- whole runs
+
+LABELS = {"recipe__stages": '["distill"]', "distill__epochs": 3, "run__checkpoint_every": 4}
+
+
+def model_of(out) -> dict:
+    return load_file(out / "checkpoints/iter1-distill/model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def averaged(training, tones, tmp_path_factory):
+    """Folder and result of a run that nothing happens to, of one rank."""
+    out = tmp_path_factory.mktemp("averaged") / "run"
+    lines, result, _ = training.run(out, tones, distill__ema=0.8, **LABELS)
+    return out, losses(lines), result
+
+
+def test_what_is_evaluated_and_saved_is_the_average(training, tones, tmp_path, averaged):
+    out, own, result = averaged
+    lines, _, _ = training.run(tmp_path / "without", tones, **LABELS)
+    assert losses(lines) == own  # training itself goes on with the weights
+    without = model_of(tmp_path / "without")
+    assert any((value - without[name]).abs().max() > 1e-4 for name, value in model_of(out).items())
+    assert result["metrics"]["weights"] == {"select": "last", "epochs": [], "ema": 0.8}
+    _, held_out = split(manifest.load(tones))
+    assert evaluate([out / "checkpoints/iter1-distill"], held_out)["mAP"] == result["metrics"]["mAP"]
+
+
+def test_a_killed_run_ends_with_the_same_average(training, tones, tmp_path, averaged):
+    out = tmp_path / "run"
+    harm = [{"do": "kill", "function": "fastsskd.engine._optimize", "calls": [10]}]
+    training.start(out, tones, harm=harm, distill__ema=0.8, **LABELS).wait()
+    lines, _, printed = training.run(out, tones, resume=True, distill__ema=0.8, **LABELS)
+    assert "continues from step 8 " in printed and losses(lines) == averaged[1]
+    expected = model_of(averaged[0])
+    assert all(torch.equal(value, expected[name]) for name, value in model_of(out).items())
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(2, 1), (2, 3), (1, 0)])
+def test_ranks_and_stages_make_the_same_model(training, tones, tmp_path, averaged, ranks, stage):
+    ds = {"zero_optimization": {"stage": stage}}
+    training.run(tmp_path / "run", tones, ranks=ranks, ds=ds, distill__ema=0.8, **LABELS)
+    expected = model_of(averaged[0])
+    assert max((value - expected[name]).abs().max() for name, value in model_of(tmp_path / "run").items()) < 2e-4
+
+
+def test_a_checkpoint_from_before_the_average_is_refused(training, tones, tmp_path):
+    out = tmp_path / "run"
+    harm = [{"do": "kill", "function": "fastsskd.engine._optimize", "calls": [6]}]
+    training.start(out, tones, harm=harm, **LABELS).wait()
+    _, _, printed = training.run(out, tones, resume=True, expect=1, distill__ema=0.8, **LABELS)
+    assert "no moving average of the weights; resume with the run's own distill.ema" in printed
+    assert "Traceback" not in printed
+
+
+def test_the_best_epoch_is_that_of_the_average(training, tones, tmp_path):
+    options = {**LABELS, "distill__select": '"best"', "distill__ema": 0.8}
+    _, result, _ = training.run(tmp_path / "run", tones, **options)
+    note = result["metrics"]["weights"]
+    assert note["value"] == result["metrics"]["accuracy"] and note["ema"] == 0.8 and len(note["epochs"]) == 1
 
 
 # ------------------------------------------------------------------------------------------- without DeepSpeed's engine

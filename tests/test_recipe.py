@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 from training import losses
 from vit_files import google_arrays
@@ -180,6 +181,48 @@ def test_the_losses_do_not_depend_on_how_it_is_computed(kinds, kind, like, toler
         assert worst <= (2e-4 if tolerance else 1e-6)  # AdamW's first steps make much of a last bit
     if "bf16" in kind[0]:  # the exported weights are the float32 master copy
         assert any((value.bfloat16().float() != value).any() for value in state.values())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage", "precision", "pooling"),
+    [
+        (1, 0, "fp32", "mean"),
+        (1, 1, "fp32", "attentive"),
+        (2, 1, "fp32", "mean"),
+        (1, 2, "bf16", "attentive"),
+        (2, 3, "fp32", "attentive"),
+        (1, 3, "bf16", "mean"),
+    ],
+)
+def test_a_linear_probe_changes_the_head_alone(finished, training, tones, tmp_path, ranks, stage, precision, pooling):
+    start = finished[0] / "checkpoints/iter1-ssl"
+    ds = {"zero_optimization": {"stage": stage}, **({"bf16": {"enabled": True}} if precision == "bf16" else {})}
+    options = {"recipe__stages": '["distill"]', "distill__frozen": "true", "distill__lr": 2e-2, "distill__ema": 0.5}
+    options |= {"model__init": json.dumps(str(start)), "model__pooling": json.dumps(pooling)}
+    lines, result, _ = training.run(tmp_path / "probe", tones, ranks=ranks, ds=ds, distill__epochs=4, **options)
+    assert np.mean([line["loss"] for line in lines][-2:]) < 0.9 * lines[0]["loss"]
+    before = load_file(start / "model.safetensors")
+    after = load_file(tmp_path / "probe/checkpoints/iter1-distill/model.safetensors")
+    for name, value in after.items():
+        if name.startswith(("head.", "pool.")):
+            assert not (name in before and torch.equal(value, before[name])), name
+        else:
+            assert torch.equal(value, before[name]), name
+    assert {name.split(".")[0] for name in after.keys() - before.keys()} == ({"pool"} if pooling != "mean" else set())
+    model, info = load_model(tmp_path / "probe/checkpoints/iter1-distill")
+    assert info.pooling == model.pooling == pooling and result["status"] == "complete"
+
+
+def test_attentive_pooling_goes_from_stage_to_stage_and_teaches(training, tones, tmp_path):
+    options = {"recipe__iterations": 2, "distill__teacher": '"previous"', "model__pooling": '"attentive"'}
+    lines, result, _ = training.run(tmp_path / "run", tones, ssl__epochs=1, distill__epochs=1, **options)
+    assert result["status"] == "complete" and lines[-1]["regression"] > 0
+    states = [
+        load_file(tmp_path / f"run/checkpoints/{name}/model.safetensors") for name in ("iter1-distill", "iter2-ssl")
+    ]
+    assert all(
+        torch.equal(states[0][name], states[1][name]) for name in states[0] if name.startswith(("pool.", "head."))
+    )
 
 
 def test_a_corrupt_clip_is_named_at_the_end(training, tones, tmp_path):
