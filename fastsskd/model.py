@@ -54,6 +54,21 @@ def _blocks(dim: int, depth: int, heads: int, drop_path: float = 0.0) -> nn.Modu
     return nn.ModuleList(use_depth(Block(dim, heads, qkv_bias=True, norm_layer=norm), rate) for rate in rates)
 
 
+def fused_attention(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's fused attention is the faster one.
+
+    Not in bf16 on a CPU: there its backward pass takes two to four times as long as plain matrix products do, with
+    128 to 512 tokens (benchmarks/train_step.py).
+    """
+    return device.type != "cpu" or dtype != torch.bfloat16
+
+
+def _apply(block: Block, tokens: Tensor) -> Tensor:
+    """``block(tokens)`` with the faster attention."""
+    block.attn.fused_attn = fused_attention(tokens.device, tokens.dtype)
+    return block(tokens)
+
+
 def simam(x: Tensor, energy_lambda: float = 1e-4) -> Tensor:
     """SimAM's parameter-free attention (Yang et al., ICML 2021), over a clip's tokens in place of pixels.
 
@@ -112,7 +127,7 @@ class MAE(nn.Module):
         visible = tokens.gather(1, index)
         x = self.reduce(visible)
         for block in self.blocks:
-            x = block(x)
+            x = _apply(block, x)
         visible = visible + self.expand(self.norm(x))
         filled = (self.mask_token + position).to(visible.dtype).expand(b, n, d)
         return filled.scatter(1, index, visible)
@@ -231,9 +246,9 @@ class ACM(nn.Module):
         """The Audio Feature Transformer: ``(B, N, D)`` tokens -> ``(B, N, D)`` features."""
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, use_reentrant=False)
+                tokens = checkpoint(_apply, block, tokens, use_reentrant=False)
             else:
-                tokens = block(tokens)
+                tokens = _apply(block, tokens)
         return self.norm(tokens)
 
     def features(self, patches: Tensor) -> Tensor:
