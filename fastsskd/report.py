@@ -8,7 +8,7 @@ from typing import Any
 from fastsskd import durable
 from fastsskd.errors import InputError
 from fastsskd.health import VIEWS
-from fastsskd.report_data import RunData, read_run
+from fastsskd.report_data import read_run
 from fastsskd.report_page import page
 from fastsskd.run_folder import read_metrics
 
@@ -24,20 +24,20 @@ def show(path: Path, result: dict[str, Any]) -> str:
         loss_curves(lines, path / "plots" / "losses.png")
     text = table(path, result)
     try:
-        return f"{text}\nThe whole report: {write_page(read_run(path), path / PAGE)}"
+        return f"{text}\nThe whole report: {write_page(page(read_run(path)), path / PAGE)}"
     except Exception as error:  # the run is complete: nothing about its page may spoil that
         return f"{text}\n{PAGE} could not be written: {error!r}"
 
 
-def write_page(run: RunData, file: Path) -> Path:
-    """Write the run's report as one HTML page.
+def write_page(text: str, file: Path) -> Path:
+    """Write a report's page, whole or not at all.
 
     Raises:
         InputError: it cannot be written there.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        durable.write_text(file, page(run))
+        durable.write_text(file, text)
     except OSError as error:
         raise InputError(f"{file}: cannot be written: {error.strerror}; choose another place with --out") from None
     return file

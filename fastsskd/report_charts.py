@@ -206,7 +206,7 @@ def _legend(series: Series) -> str:
 
 
 def short(value: float) -> str:
-    """A tick's label: ``0.05``, ``20``, ``3k``, ``2e-05``."""
+    """A tick's label: ``0.05``, ``20``, ``3e4``, ``2e-5``."""
     if value == 0 or abs(value) < 1e-15:
         return "0"
     if abs(value) >= 10000 or abs(value) < 0.001:
