@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import heapq
 import json
 import os
 import shutil
@@ -191,8 +192,12 @@ class Pool:
         if not self._seconds or not (self._slots or self.waiting):
             return None
         each, now = sum(self._seconds) / len(self._seconds), time.monotonic()
-        begun = sum(max(each - (now - running.began), 0.0) for running in self._slots.values())
-        return (begun + each * len(self.waiting)) / min(self.settings.parallel, len(self._slots) + len(self.waiting))
+        ends = [max(each - (now - running.began), 0.0) for running in self._slots.values()]
+        ends += [0.0] * (self.settings.parallel - len(ends))
+        heapq.heapify(ends)
+        for _ in self.waiting:
+            heapq.heapreplace(ends, ends[0] + each)
+        return max(ends)
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:

@@ -24,7 +24,8 @@ from fastsskd.job_pool import KEEP, Job, Pool, Settings, is_complete, out_overri
 
 __all__ = ["KEEP", "Job", "JobsFailed", "run_many"]
 
-_HOW = {"run.out", "run.checkpoint_every", "run.keep_checkpoints", "run.timeout", "data.workers", "data.prefetch"}
+_HOW = {f"run.{name}" for name in ("out", "checkpoint_every", "keep_checkpoints", "pictures_every", "timeout")}
+_HOW |= {"data.workers", "data.prefetch"}
 """Fields that change nothing of what a run finds out, so they may differ when it is asked for again."""
 _LOGGING = ("tensorboard", "wandb", "csv_monitor", "comet", "steps_per_print", "wall_clock_breakdown")
 
