@@ -134,8 +134,8 @@ class Model:
         return np.stack(rows) if level == "clip" else rows
 
     def _listener(self, answer: Any, cut: Cut, batch_size: int) -> Listener:
-        how = {"device": self._device, "batch_size": batch_size, "workers": self._workers}
-        return Listener(self.loaded.ears, answer, cut, **how)
+        ears, device, workers = self.loaded.ears, self._device, self._workers
+        return Listener(ears, answer, cut, device=device, batch_size=batch_size, workers=workers)
 
 
 def load(path: str | Path | Sequence[str | Path], device: str | None = None, workers: int = 0) -> Model:

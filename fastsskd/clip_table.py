@@ -186,9 +186,9 @@ class Manifest:
             target = np.zeros((len(indices), len(self.classes)), np.float32)
             target[owner, values] = 1.0
             return target
-        target = np.full(len(indices), -1, np.int64)
-        target[owner] = values
-        return target
+        ids = np.full(len(indices), -1, np.int64)
+        ids[owner] = values
+        return ids
 
     def first_labels(self) -> np.ndarray:
         """(n,) int64, the first label of every clip, -1 = unlabelled."""

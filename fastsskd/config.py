@@ -66,8 +66,8 @@ class DataConfig:
     prefetch: int = _option(0, "batches made ready ahead of training; 0 = chosen by their size", low=0, high=64)
     sampling: str = _option(
         "uniform",
-        "each clip once an epoch, in random order; or as many draws with replacement, by AudioSet's class-balanced "
-        "weights, or by the manifest's own",
+        "each clip once an epoch, in random order; balanced = in labelled stages as many draws with replacement, by "
+        "AudioSet's class-balanced weights; weights = in all stages, by the manifest's own",
         choices=("uniform", "balanced", "weights"),
     )
     max_bad_share: float = _option(0.2, "stop when more than this share of the clips seen is bad", low=0.0, high=1.0)
@@ -241,7 +241,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
 
 def from_dict(tree: dict[str, Any], source: str = "config") -> Config:
     """Build a :class:`Config` from nested dictionaries, checking every key, type and limit."""
-    sections = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+    sections: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
     values = {}
     for name, content in tree.items():
         if name not in sections:

@@ -15,10 +15,10 @@ TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 
 def describe() -> str:
     """Every field by section, with its default, limits and meaning: the text below ``launch/train.py --help``."""
-    lines = []
+    defaults, lines = Config(), []
     for part in dataclasses.fields(Config):
         lines.append(f"[{part.name}]")
-        section = part.default_factory()
+        section = getattr(defaults, part.name)
         for item in dataclasses.fields(section):
             lines.append(f"  {item.name} = {_shown(getattr(section, item.name))}{_limits(item.metadata)}")
             lines += textwrap.wrap(item.metadata["doc"], WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
@@ -48,7 +48,8 @@ def json_schema() -> dict[str, Any]:
 
     It says what holds of one field. What concerns two fields, :func:`fastsskd.config.load` checks.
     """
-    sections = {part.name: _section(part.default_factory()) for part in dataclasses.fields(Config)}
+    defaults = Config()
+    sections = {part.name: _section(getattr(defaults, part.name)) for part in dataclasses.fields(Config)}
     return {"$schema": SCHEMA, "title": "fastsskd", "type": "object", "additionalProperties": False} | {
         "properties": sections
     }

@@ -187,8 +187,8 @@ class Listener:
         except BadClip as bad:
             yield _Part(source, [], [], Heard(source, 0.0, seconds(last), BadClip(str(bad))))
         except OSError as error:
-            bad = BadClip(f"cannot be read: {error.strerror or error}")
-            yield _Part(source, [], [], Heard(source, 0.0, seconds(last), bad))
+            reason = BadClip(f"cannot be read: {error.strerror or error}")
+            yield _Part(source, [], [], Heard(source, 0.0, seconds(last), reason))
 
     def _part(self, source: Source, windows: list[tuple[int, np.ndarray]], ended: Heard | None = None) -> _Part:
         if not windows:

@@ -53,8 +53,8 @@ class Loaded:
 
     def untrained(self) -> list[str]:
         """Paths of models whose class head is as it was drawn: those of a first Multi-SSL stage."""
-        heads = [(path, model.head) for path, model in zip(self.paths, self.models, strict=True)]
-        return [path for path, head in heads if head is not None and not head[1].bias.any()]
+        biases = [model.state_dict().get("head.1.bias") for model in self.models]
+        return [path for path, bias in zip(self.paths, biases, strict=True) if bias is not None and not bias.any()]
 
     def require_head(self) -> None:
         """Raises InputError for models without classes."""

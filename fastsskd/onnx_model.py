@@ -37,6 +37,9 @@ class WaveformModel(nn.Module):
         info: its clip length and normalisation.
     """
 
+    spectrum: Tensor
+    banks: Tensor
+
     def __init__(self, model: ACM, info: ModelInfo):
         super().__init__()
         self.model, self.mean, self.factor = model, info.mean, 0.5 / info.std
@@ -116,7 +119,7 @@ def _trace(module: nn.Module, example: Tensor, name: str, has_head: bool) -> tor
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.onnx.export(
+            program = torch.onnx.export(
                 module if has_head else _EmbeddingAlone(module),
                 (example,),
                 input_names=[name],
@@ -128,6 +131,8 @@ def _trace(module: nn.Module, example: Tensor, name: str, has_head: bool) -> tor
             )
     finally:
         log.setLevel(level)
+    assert program is not None
+    return program
 
 
 class _EmbeddingAlone(nn.Module):

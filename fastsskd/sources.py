@@ -37,13 +37,11 @@ HEAD = 64
 
 
 class Source(Protocol):
-    """A recording that can be heard.
+    """A recording that can be heard."""
 
-    Attributes:
-        name: what answers call it: the path as the user gave it, or a clip's key.
-    """
-
-    name: str
+    @property
+    def name(self) -> str:
+        """What answers call it: the path as the user gave it, or a clip's key."""
 
     def open(self) -> Iterator[np.ndarray]:
         """The samples at 16 kHz, mono, ``(S,)`` float32, block by block.

@@ -9,6 +9,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -94,8 +95,9 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[AC
 
 def fresh_model(info: ModelInfo) -> ACM:
     """A model as ``info`` describes it, with fresh weights."""
-    options = {"attention": info.attention, "pooling": info.pooling}
-    return build_model(info.size, len(info.classes), seconds=info.seconds, **options)
+    return build_model(
+        info.size, len(info.classes), seconds=info.seconds, attention=info.attention, pooling=info.pooling
+    )
 
 
 def is_model_file(path: str | Path) -> bool:
@@ -122,9 +124,14 @@ def read_model_file(file: Path) -> tuple[dict[str, Tensor], ModelInfo]:
 
 def _read_info(file: Path, text: str) -> ModelInfo:
     """The description in a model file's header: the fields of :class:`ModelInfo`, all but what older files lack."""
-    number = (int, float)
-    kinds = {"size": str, "classes": list, "multi_label": bool, "seconds": number, "mean": number, "std": number}
-    kinds |= {"sample_rate": int, "version": str, "attention": str, "pooling": str, "licence": str}
+    kinds: dict[str, Any] = {"size": str, "classes": list, "multi_label": bool}
+    kinds |= dict.fromkeys(("seconds", "mean", "std"), (int, float)) | {
+        "sample_rate": int,
+        "version": str,
+        "attention": str,
+        "pooling": str,
+        "licence": str,
+    }
     try:
         about = json.loads(text)
     except ValueError:

@@ -51,6 +51,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         for key, reason in bad.items():
             print(f"{key}\t{reason}")
-    done = " (marked in the manifest)" if args.write and bad else ""
-    print(f"{len(bad)} of {len(table)} clips are bad{done}", file=sys.stderr)
+    marked = " (marked in the manifest)" if args.write and bad else ""
+    print(f"{len(bad)} of {len(table)} clips are bad{marked}", file=sys.stderr)
     return 1 if bad else 0

@@ -120,7 +120,7 @@ class Account:
         self._num_files, self._quiet = num_files, quiet
         self._done, self._seconds, self._in_part, self.bad = 0, 0.0, 0, 0
         self._begin = self._last = time.monotonic()
-        self._first: float | None = None  # when the first answer came: what is slow once is not slow for each
+        self._first = 0.0  # when the first answer came: what is slow once is not slow for each
 
     def good(self, answers: Iterable[tuple[Source, Any | BadClip]]) -> Iterator[tuple[Source, Any]]:
         """The answers of the recordings that could be used; the others are named with their reason."""
