@@ -75,11 +75,18 @@ def profile(job: Job, seconds: float) -> Profile:
     sent = profile_step.communication(job, batches[0], share["sent"])
     rank = _rank(job, traces, sent)
     own = {"rank": rank, "traces": traces, "skipped": skipped, "stages": stages, "parts": parts}
+    own |= {
+        "threads": threads,
+        "formats": formats,
+        "disk": disk,
+        "cores": (_node_ranks(), distributed.cores_per_rank()),
+    }
     ranks = distributed.gather_objects(own)
+    first = ranks[0]  # every rank must come to the same conclusions
     found = Found(
         ranks=tuple(other["rank"] for other in ranks),
-        node_ranks=_node_ranks(),
-        cores=distributed.cores_per_rank(),
+        node_ranks=first["cores"][0],
+        cores=first["cores"][1],
         shares_cores=job.device.type == "cpu",
         workers=workers,
         prefetch=prefetch,
@@ -87,8 +94,8 @@ def profile(job: Job, seconds: float) -> Profile:
         clip_seconds=job.config.data.seconds,
         precision=ds_config.precision(job.deepspeed_config),
         stages=_stages(ranks),
-        threads=threads,
-        disk=disk,
+        threads=first["threads"],
+        disk=first["disk"],
     )
     found = dataclasses.replace(found, mfu=_mfu(job, found))
     answer, spent = verdict(found), time.perf_counter() - begin
@@ -97,7 +104,7 @@ def profile(job: Job, seconds: float) -> Profile:
         verdict=answer,
         advice=advise(found, answer.word),
         traces=[other["traces"] for other in ranks],
-        formats=formats,
+        formats=first["formats"],
         skipped={key: reason for other in ranks for key, reason in other["skipped"].items()},
         batch=job.sizes.total,
         kind=job.stage.kind,

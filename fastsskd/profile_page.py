@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 from fastsskd import durable, profile_report
 from fastsskd.errors import InputError
 from fastsskd.profile import Profile
-from fastsskd.profile_stats import READY, number
+from fastsskd.profile_stats import number
 
 DATA, COMPUTE, SENT, LINE = "#d1495b", "#30638e", "#edae49", "#222222"
 _STEPS, _BINS = 80, 40  # that the pictures show
@@ -133,7 +133,7 @@ def waterfall(result: Profile, axis: Any) -> None:
     axis.set(xscale="log", xlabel="clips/s", xlim=(0.5 * min([*rates, found.end_to_end.value]), 2.5 * max(rates)))
     for place, rate in enumerate(rates):
         axis.text(rate, place, f" {number(rate)}", va="center", fontsize=8)
-    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    axis.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2)
 
 
 def threads(result: Profile, axis: Any) -> None:
@@ -157,14 +157,18 @@ def timeline(result: Profile, axis: Any) -> None:
     if sent.any():
         axis.bar(place, sent, 1.0, bottom=wait + rest - sent, color=SENT, label="communication (mean)")
     axis.set(xlabel=f"the last {len(steps)} steps end to end", ylabel="ms")
-    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    axis.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3)
 
 
 def readiness(result: Profile, axis: Any) -> None:
     """Share of the batches that were ready, by rank and along the steps."""
     waits = [[wait for _, wait, _ in trace["end_to_end"].steps] for trace in result.traces]
     bins = max(min(_BINS, min(map(len, waits))), 1)
-    shares = [[np.mean(np.array(part) <= READY) for part in np.array_split(own, bins)] for own in waits]
+    limits = [rank.waits.limit for rank in result.found.ranks]
+    shares = [
+        [np.mean(part <= limit) for part in np.array_split(np.array(own), bins)]
+        for own, limit in zip(waits, limits, strict=True)
+    ]
     image = axis.imshow(
         100 * np.array(shares), aspect="auto", vmin=0, vmax=100, cmap="RdYlGn", extent=(0, 100, -0.5, len(shares) - 0.5)
     )
@@ -189,6 +193,6 @@ _PICTURES = (
     ),
     ("Threads", "The whole pipeline with other numbers of threads, nothing else running.", threads),
     ("Steps", "What each step of rank 0 spent its time on.", timeline),
-    ("Readiness", "Green: the batch was there when the step asked for it (within 1 ms).", readiness),
+    ("Readiness", "Green: the batch was there when the step asked for it (within 1 ms, or 1 % of a step).", readiness),
     ("Formats", "The whole pipeline on each kind of file; in brackets, clips of the sample.", formats),
 )

@@ -29,7 +29,7 @@ from fastsskd.profile_stats import Interval, median_interval
 
 WINDOW = 0.15
 """Seconds over which speed is counted at least: a loader gives its batches in bursts."""
-LEAST = 4  # steps of a run, however long they take
+LEAST = 4  # steps of a run that count, however long they take
 CACHED = 4  # batches of real clips that are trained on again and again
 
 
@@ -82,20 +82,8 @@ class Source:
             begin = time.perf_counter()
 
 
-class _Deadline:
-    """Stands where a run's stop flag would: set when time is over, but not before enough steps were taken."""
-
-    def __init__(self, seconds: float, least: int):
-        self._end, self._left = time.perf_counter() + seconds, least
-
-    @property
-    def set(self) -> bool:
-        self._left -= 1
-        return self._left < 0 and time.perf_counter() >= self._end
-
-
 class _Recorder:
-    """Called after each step; fills a :class:`Trace`.
+    """Called after each step; fills a :class:`Trace`. It stands where a run's stop flag would, too.
 
     Args:
         warm_up: steps that do not count; but no more than half of ``seconds`` goes to them.
@@ -103,9 +91,15 @@ class _Recorder:
 
     def __init__(self, source: Source, device: torch.device, warm_up: int, seconds: float):
         self.source, self.device, self.trace = source, device, Trace()
-        self._warm_up, self._half = warm_up, time.perf_counter() + seconds / 2
+        now = time.perf_counter()
+        self._warm_up, self._half, self._end = warm_up, now + seconds / 2, now + seconds
         self._at = self._window = time.perf_counter()
         self._waited, self._clips, self._steady = 0.0, 0, False
+
+    @property
+    def set(self) -> bool:
+        """Time is over, and enough steps were counted; the next one is the last."""
+        return time.perf_counter() >= self._end and len(self.trace.steps) >= LEAST - 1
 
     def on_step(self, step: int, stopping: bool) -> None:
         now = time.perf_counter()
@@ -130,7 +124,7 @@ class _Recorder:
         return time.perf_counter()
 
 
-def train(job: Job, batches: Iterable[Batch], seconds: float, warm_up: int = 1, least: int = LEAST) -> Trace:
+def train(job: Job, batches: Iterable[Batch], seconds: float, warm_up: int = 1) -> Trace:
     """The training loop on ``batches`` for about ``seconds``; every rank takes the same number of steps."""
     source = Source(batches)
     recorder = _Recorder(source, job.device, warm_up, seconds)
@@ -146,7 +140,7 @@ def train(job: Job, batches: Iterable[Batch], seconds: float, warm_up: int = 1, 
         log_every=2**31,
     )
     try:
-        train_stage(job.engine, source, plan, stop=_Deadline(seconds, least + warm_up), on_step=recorder.on_step)
+        train_stage(job.engine, source, plan, stop=recorder, on_step=recorder.on_step)
     except Stopped:
         recorder.trace.first.append(source.first)
     return recorder.trace

@@ -32,29 +32,30 @@ def _keep(*args: Any, **kwargs: Any) -> _Done:
 
 
 def _all_gather(tensor_list: Any, tensor: Any, *args: Any, **kwargs: Any) -> _Done:
+    own = tensor.clone()  # here and below: what is sent may be a part of what is received
     for part in tensor_list:
-        part.copy_(tensor)
+        part.copy_(own)
     return _Done()
 
 
 def _all_gather_into(output_tensor: Any, input_tensor: Any, *args: Any, **kwargs: Any) -> _Done:
-    output_tensor.view(-1, input_tensor.numel()).copy_(input_tensor.reshape(1, -1))
+    output_tensor.view(-1, input_tensor.numel()).copy_(input_tensor.reshape(1, -1).clone())
     return _Done()
 
 
 def _reduce_scatter(output: Any, input_list: Any, *args: Any, **kwargs: Any) -> _Done:
-    output.copy_(input_list[dist.get_rank()])
+    output.copy_(input_list[dist.get_rank()].clone())
     return _Done()
 
 
 def _reduce_scatter_tensor(output: Any, input: Any, *args: Any, **kwargs: Any) -> _Done:
-    output.copy_(input.reshape(-1, output.numel())[dist.get_rank()].view_as(output))
+    output.copy_(input.reshape(-1, output.numel())[dist.get_rank()].view_as(output).clone())
     return _Done()
 
 
 def _scatter(tensor: Any, scatter_list: Any = None, *args: Any, **kwargs: Any) -> _Done:
     if scatter_list:
-        tensor.copy_(scatter_list[dist.get_rank()])
+        tensor.copy_(scatter_list[dist.get_rank()].clone())
     else:
         tensor.zero_()
     return _Done()

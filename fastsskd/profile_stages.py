@@ -70,18 +70,21 @@ class Hand:
         self._reader = ClipReader(clips, shards, PART)
         self._waveform = torch.empty(1, self._crop.num_samples)
         self._features: tuple[Tensor, Tensor] | None = None
+        self._bare: set[int] = set()  # clips that are read in part, and not decoded
 
     def read(self, part: Sequence[int]) -> int:
         """The bytes that decoding needs: all of a file; of uncompressed clips those of the crop."""
         done = 0
         for i in part:
+            if i in self._bare:
+                done += self.decode([i])
+                continue
             with suppress(OSError, BadClip):
                 clip = open_clip(self._clips, i, self._shards)
                 if clip[:4] in (b"RIFF", b"RF64"):
-                    done += self.decode([i])
-                else:
-                    clip.read(0, min(len(clip), MAX_WHOLE))
-                    done += 1
+                    self._bare.add(i)
+                clip.read(0, min(len(clip), MAX_WHOLE))
+                done += 1
         return done
 
     def decode(self, part: Sequence[int]) -> int:
@@ -188,9 +191,10 @@ class Pipelines:
     ) -> Pace:
         """``do`` to parts of the rows in threads, over and over for ``seconds``; or once, if that takes less."""
         threads = threads or self.threads
-        size = max(min(PART, -(-len(rows) // threads)), 1)
-        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         self._hands += [self._new_hand() for _ in range(threads - len(self._hands))]
+        size = PART if once else self._part_that_fits(do, rows[0], seconds, threads)
+        size = max(min(size, -(-len(rows) // threads)), 1)
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         numbers = itertools.count() if not once else iter(range(len(parts)))
         ready, done = threading.Barrier(threads + 1), []
 
@@ -202,9 +206,6 @@ class Pipelines:
                 if time.perf_counter() >= end:
                     return
 
-        if not once:
-            for hand in self._hands[:threads]:  # which makes what it needs
-                do(hand, parts[0][:1])
         with ThreadPoolExecutor(threads, thread_name_prefix="fastsskd-profile") as pool:
             futures = [pool.submit(work, hand) for hand in self._hands[:threads]]
             begin, cpu = time.perf_counter(), time.process_time()
@@ -215,6 +216,13 @@ class Pipelines:
         if not sum(done):
             raise InputError(f"not one of {len(rows)} clips looked at can be used; see `fastsskd check`")
         return Pace(threads, sum(done) / wall, cpu / sum(done))
+
+    def _part_that_fits(self, do: Callable[[Hand, Sequence[int]], int], row: int, seconds: float, threads: int) -> int:
+        """Clips that a hand takes at once; fewer than in the loader where they would take too long."""
+        for hand in self._hands[:threads]:  # which makes what it needs
+            begin = time.perf_counter()
+            do(hand, [row])
+        return min(PART, int(seconds / 2 / (time.perf_counter() - begin)) + 1)
 
 
 def format_of(clips: Manifest, i: int) -> str:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 CONFIDENCE = 0.95
-READY = 1e-3
-"""Seconds: a batch that took no longer to get was ready."""
+READY, READY_SHARE = 1e-3, 0.01
+"""A batch was ready if it took no more than so many seconds to get, or this share of a step."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Waits:
     Attributes:
         ready: share of the batches that were there when they were asked for (:data:`READY`).
         share: of the time that was spent waiting.
+        limit: seconds up to which a batch counts as ready.
     """
 
     p50: float
@@ -72,15 +73,17 @@ class Waits:
     max: float
     ready: float
     share: float
+    limit: float = READY
 
 
 def waits(seconds: Sequence[float], whole: float) -> Waits:
     """Of single waits that were part of ``whole`` seconds."""
     if not seconds:
         return Waits(0.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+    limit = max(READY, READY_SHARE * whole / len(seconds))
     points = (float(np.quantile(seconds, q)) for q in (0.5, 0.95, 0.99, 1.0))
-    ready = sum(wait <= READY for wait in seconds) / len(seconds)
-    return Waits(*points, ready, min(sum(seconds) / max(whole, 1e-9), 1.0))
+    ready = sum(wait <= limit for wait in seconds) / len(seconds)
+    return Waits(*points, ready, min(sum(seconds) / max(whole, 1e-9), 1.0), limit)
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:

@@ -18,7 +18,7 @@ from fastsskd.pack import pack
 from fastsskd.profile import Profile
 from fastsskd.profile_job import Job, say
 from fastsskd.profile_runs import endless, train
-from fastsskd.profile_stats import median_interval
+from fastsskd.profile_stats import Interval, median_interval
 from fastsskd.profile_verdict import Advice
 from fastsskd.stored_answers import StoredAnswers
 from fastsskd.teachers import ask
@@ -40,20 +40,25 @@ def follow(job: Job, result: Profile, seconds: float) -> list[Advice]:
     Args:
         seconds: for all of it, about.
     """
-    tried, left = [], MOST
-    trials = {key: trial for key, trial in _TRIALS.items() if key != "pack" or not job.is_stored}
-    able = sum(one.key in trials for one in result.advice[:MOST])
+    able = [one for one in result.advice[:MOST] if _can_try(job, one)]
+    tried = []
     for one in result.advice:
-        if one.key in trials and left > 0:
+        if one in able:
             say(f"trying {one.key} ...")
             with contextlib.ExitStack() as stack:
-                one = dataclasses.replace(one, tried=_compare(job, trials[one.key](job, one, stack), seconds / able))
+                ratio = _compare(job, _TRIALS[one.key](job, one, stack), seconds / len(able))
+                one = dataclasses.replace(one, tried=ratio)
         tried.append(one)
-        left -= 1
     return tried
 
 
-def _compare(job: Job, trial: Trial, seconds: float):
+def _can_try(job: Job, one: Advice) -> bool:
+    if one.key == "pack":
+        return not job.is_stored  # whose answers belong to the clips as they are
+    return one.key in _TRIALS and (one.value > 0 or one.key == "teacher")
+
+
+def _compare(job: Job, trial: Trial, seconds: float) -> Interval:
     """Clips a second with the change over those without, of rounds in which each had a turn."""
     before, after, change = trial
     ratios = []
@@ -107,6 +112,7 @@ def _teacher(job: Job, one: Advice, stack: contextlib.ExitStack) -> Trial:
 
 _TRIALS: dict[str, Callable[[Job, Advice, contextlib.ExitStack], Trial]] = {
     "threads": _setting("workers"),
+    "disk": _setting("workers"),
     "prefetch": _setting("prefetch"),
     "pack": _pack,
     "teacher": _teacher,

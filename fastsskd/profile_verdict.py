@@ -257,19 +257,29 @@ def _ranks(found: Found) -> list[Advice]:
     return [Advice("slow rank", text, how, gain, 0)]
 
 
-def _threads(found: Found) -> list[Advice]:
+def _better_threads(found: Found) -> tuple[int, float] | None:
+    """Another number of threads, and how many times as fast the loader is with it."""
     now = found.threads.get(found.workers)
     if now is None:
-        return []
+        return None
     best = max(found.threads.values(), key=lambda pace: pace.clips_per_second)
     # The fewest that reach nearly the best: more would only get in the step's way.
     best = next(p for _, p in sorted(found.threads.items()) if p.clips_per_second >= 0.95 * best.clips_per_second)
     factor = best.clips_per_second / now.clips_per_second
-    if best.threads == found.workers or factor < 1.05:
+    return None if best.threads == found.workers or factor < 1.05 else (best.threads, factor)
+
+
+def _reads_slowly(found: Found) -> bool:
+    return found.seconds("read") > 0.4 * found.group("loader") > 0
+
+
+def _threads(found: Found) -> list[Advice]:
+    better = _better_threads(found)
+    if better is None or _reads_slowly(found):  # which is said of the disk
         return []
-    text = f"the loader has {found.workers} thread(s); with {best.threads} it is {factor:.1f} times as fast"
-    gain = predict(found, loader=factor)
-    return [Advice("threads", text, f"--set data.workers={best.threads}", gain, 0, best.threads)]
+    number, factor = better
+    text = f"the loader has {found.workers} thread(s); with {number} it is {factor:.1f} times as fast"
+    return [Advice("threads", text, f"--set data.workers={number}", predict(found, loader=factor), 0, number)]
 
 
 _RAW_RATE = 2e9  # bytes a second of a thread that copies out of memory
@@ -292,14 +302,17 @@ def _pack(found: Found) -> list[Advice]:
 
 
 def _disk(found: Found) -> list[Advice]:
-    whole, read = found.group("loader"), found.seconds("read")
-    if whole and read > 0.4 * whole:
-        text = f"reading takes {100 * read / whole:.0f} % of the loader's time, though the files were read before"
-        gain = predict(found, loader=whole / max(whole - 0.95 * read, 1e-9))
-        return [
-            Advice("disk", text, "copy the data to a local disk; or pack it, if many small files are slow", gain, 2)
-        ]
     disk = found.disk
+    if _reads_slowly(found):
+        whole, read = found.group("loader"), found.seconds("read")
+        text = f"reading takes {100 * read / whole:.0f} % of the loader's time, though the files were read before"
+        how = "copy the data to a local disk; or pack it, if small files are slow"
+        better = _better_threads(found)
+        if better is None:
+            gain = predict(found, loader=whole / max(whole - 0.95 * read, 1e-9))
+            return [Advice("disk", text, how, gain, 2)]
+        hidden, how = predict(found, loader=better[1]), f"--set data.workers={better[0]} hides some of it; or {how}"
+        return [Advice("disk", text, how, hidden, 0, better[0])]
     if disk is None or not disk.was_cold:
         return []
     ranks = found.node_ranks
