@@ -29,7 +29,7 @@ from fastsskd.teachers import Teacher, describe, load_teacher
 
 
 class StageParts:
-    """Makes the parts of each stage; nothing is trained or written here.
+    """Makes the parts of each stage; nothing is trained here, and nothing written but a report of starting weights.
 
     Args:
         config: the resolved configuration.
@@ -149,7 +149,7 @@ class StageParts:
         sampling = None
         if data.sampling == "weights":
             sampling = clips.weights
-        elif data.sampling == "balanced" and clips.classes:
+        elif data.sampling == "balanced" and stage.kind != "ssl":
             sampling = balanced_weights(clips)
         return Loader(
             clips,
