@@ -45,16 +45,22 @@ class Pretrain(nn.Module):
             0 when all clips look alike; for each contrast ``contrast_accuracy_*``, with ``contrast_chance``; for each
             reconstruction ``variance_*`` and ``positions_*``, see :func:`fastsskd.health.restore_baselines`.
         """
+        terms, seen = self.terms(batch)
+        total = sum(self.weight(name) * value for name, value in terms.items())
+        return total, {**{name: value.detach() for name, value in terms.items()}, **seen}
+
+    def weight(self, term: str) -> float:
+        """Of a term in Formula 10, such as ``"restore_intra"``."""
+        loss = self.loss
+        return {"restore": loss.alpha, "mse": loss.alpha, "kl": loss.beta, "contrast": 1.0}[term.split("_")[0]]
+
+    def terms(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The terms that are switched on, without their weights and with their graphs; and the step's health."""
         views = make_views(batch, self.mask)
         raw, intra, inter = self._features(views)
         terms, seen = self._terms(views, raw, intra, inter)
-        loss = self.loss
-        weights = {"restore": loss.alpha, "mse": loss.alpha, "kl": loss.beta, "contrast": 1.0}
-        total = sum(weights[name.split("_")[0]] * value for name, value in terms.items())
-        metrics = {name: value.detach() for name, value in terms.items()}
         self.pooled = raw.detach().float().mean(dim=1)
-        metrics["feature_std"] = self.pooled.std(dim=0, unbiased=False).mean()
-        return total, {**metrics, **seen}
+        return terms, {"feature_std": self.pooled.std(dim=0, unbiased=False).mean(), **seen}
 
     def _features(self, views: Views) -> tuple[Tensor, Tensor, Tensor]:
         """Features of the three views, ``(B, N, D)`` each; the raw view is a target and needs no graph."""
