@@ -173,12 +173,13 @@ def _status(path: Path, result: dict[str, Any]) -> tuple[str, str]:
 
 def _stages(path: Path, progress: dict[str, Any], settings: dict[str, Any], unreadable: list[str]) -> list[StageData]:
     """The stages that left something, in the order in which they ran."""
-    lines, done = read_metrics(path), progress.get("stages", {})
-    names = list(dict.fromkeys([*done, *(line["stage"] for line in lines if "stage" in line)]))
+    done = progress.get("stages", {})
+    lines = [line for line in read_metrics(path) if {"stage", "step", "epoch"} <= line.keys()]
+    names = list(dict.fromkeys([*done, *(line["stage"] for line in lines)]))
     names.sort(key=_order)
     stages = []
     for name in names:
-        own = [line for line in lines if line.get("stage") == name]
+        own = [line for line in lines if line["stage"] == name]
         summary = done.get(name, {})
         scores = None
         if (path / score_file.FOLDER / f"{name}.npz").exists():

@@ -38,7 +38,7 @@ img { width: 100%; min-width: 640px; max-width: 1300px; height: auto; display: b
 .note { color: #5b616b; font-size: 0.88rem; }
 @media (max-width: 600px) {
   body { padding: 0.5rem; } section { padding: 0.7rem; }
-  table { font-size: 0.8rem; } th, td { padding: 0.15rem 0.35rem; }
+  table { font-size: 0.8rem; } th, td { padding: 0.15rem 0.35rem; } th { white-space: normal; }
 }
 """
 

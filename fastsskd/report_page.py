@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import json
 from collections import Counter
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from fastsskd.reference import Reference, differences
 from fastsskd.report_curves import stage_charts
 from fastsskd.report_data import RunData, StageData, duration
 from fastsskd.report_html import details, document, note, section, table
@@ -20,10 +22,11 @@ MAX_ROWS = 200
 SCORES = ("accuracy", "mAP", "AUC", "d_prime")
 
 
-def page(run: RunData) -> str:
-    """The whole page."""
+def page(run: RunData, reference: Reference | None = None) -> str:
+    """The whole page; ``reference``: curves to lay behind the run's own."""
     last = run.last_evaluated
-    parts = [_head(run), _results(run), *(_stage(stage) for stage in run.stages)]
+    parts = [_head(run), _results(run), _compared(run, reference)]
+    parts += [_stage(stage, reference.stages.get(stage.name, ()) if reference else ()) for stage in run.stages]
     if last:
         parts += [classes(last.name, last.metrics), mistakes(last.name, last.scores)]
     parts += [_data(run), _recipe(run), _again(run)]
@@ -107,8 +110,20 @@ def _which_weights(kept: dict[str, object]) -> str:
     return note(f"Weights: {words}{average}.") if words else ""
 
 
-def _stage(stage: StageData) -> str:
-    charts = stage_charts(stage)
+def _compared(run: RunData, reference: Reference | None) -> str:
+    """Whether the two runs can be compared."""
+    if reference is None:
+        return ""
+    found = differences(reference, run)
+    text = "The pale curves are the reference's. "
+    if not found:
+        return section("Reference", note(f"{text}Its settings, batch and number of clips are those of this run."))
+    listed = table(("what differs",), [(what,) for what in found])
+    return section("Reference", note(f"{text}These settings differ, so curves may too:"), listed)
+
+
+def _stage(stage: StageData, reference: Sequence[dict[str, float]]) -> str:
+    charts = stage_charts(stage, reference)
     shown = _spread(stage.pictures)
     parts = [f'<div class="charts">{"".join(charts)}</div>' if charts else ""]
     parts += [_picture(file, is_open=file == shown[-1]) for file in shown]

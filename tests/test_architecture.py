@@ -35,7 +35,7 @@ FLOORS = (
     "plan_job plan_report job_pool many_runs kfold probe score_file intervals confusion evaluate_report peak "
     "profile_job profile_runs profile_silence profile_stages profile_disk profile_step profile_verdict profile "
     "profile_try profile_report profile_page sources listen loaded embed export onnx_model api report_charts "
-    "report_data report_html report_curves report_scores report_page report_folds",
+    "report_data report_html report_curves report_scores report_page report_folds reference",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 

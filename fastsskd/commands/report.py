@@ -24,10 +24,14 @@ def add(commands: Any) -> None:
     )
     report.add_argument("folder", metavar="RUN", help="folder of a run (run.out), or of launch/kfold.py")
     report.add_argument("--out", metavar="FILE", help="page to write; default: RUN/report.html")
+    report.add_argument(
+        "--reference", metavar="DIR", help="curves to compare with, as in benchmarks/results/reference/"
+    )
     report.add_argument("--json", action="store_true", help="print the numbers; the page is written with --out only")
 
 
 def run(args: argparse.Namespace) -> int:
+    from fastsskd import reference
     from fastsskd.report import PAGE, write_page
     from fastsskd.report_data import numbers, read_run
     from fastsskd.report_folds import folds_page, is_folds, read_folds
@@ -39,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         told, text = found, folds_page(folder, found)
     else:
         data = read_run(folder)
-        told, text = numbers(data), page(data)
+        told, text = numbers(data), page(data, reference.load(args.reference) if args.reference else None)
     if args.json:
         print(json.dumps(told, indent=1))
     if args.out or not args.json:
