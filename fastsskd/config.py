@@ -123,6 +123,12 @@ class LossConfig:
     kl_inter: bool = _option(True, "Formula 5, inter view")
     contrast_intra: bool = _option(True, "Formula 8, intra view")
     contrast_inter: bool = _option(True, "Formula 8, inter view")
+    restore_scale: float = _option(
+        1.0,
+        "further weight of the reconstruction inside alpha's bracket; 1 = Formula 10 as printed, where it is drowned: "
+        "about 20 gives it the gradient of the contrast (benchmarks/results/loss_balance.md)",
+        low=0.0,
+    )
     hog_weight: bool = _option(True, "weight the reconstruction by HOG (Tables 1 and 4)")
     restore_target: str = _option(
         "spectrogram",

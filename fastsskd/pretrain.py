@@ -52,7 +52,9 @@ class Pretrain(nn.Module):
     def weight(self, term: str) -> float:
         """Of a term in Formula 10, such as ``"restore_intra"``."""
         loss = self.loss
-        return {"restore": loss.alpha, "mse": loss.alpha, "kl": loss.beta, "contrast": 1.0}[term.split("_")[0]]
+        return {"restore": loss.alpha * loss.restore_scale, "mse": loss.alpha, "kl": loss.beta, "contrast": 1.0}[
+            term.split("_")[0]
+        ]
 
     def terms(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The terms that are switched on, without their weights and with their graphs; and the step's health."""

@@ -70,7 +70,7 @@ def paper_total(terms: dict[str, torch.Tensor], loss: LossConfig) -> torch.Tenso
     t = {name: value if getattr(loss, name) else 0.0 * value for name, value in terms.items()}
     restore, mse = t["restore_intra"] + t["restore_inter"], t["mse_intra"] + t["mse_inter"]
     kl, contrast = t["kl_intra"] + t["kl_inter"], t["contrast_intra"] + t["contrast_inter"]
-    return loss.alpha * (restore + mse) + loss.beta * kl + contrast
+    return loss.alpha * (loss.restore_scale * restore + mse) + loss.beta * kl + contrast
 
 
 def used_model(make_model):
@@ -85,7 +85,7 @@ def used_model(make_model):
 
 OPTIONS = {
     "defaults": LossConfig(),
-    "weights": LossConfig(alpha=0.7, beta=0.3, tau=0.2),
+    "weights": LossConfig(alpha=0.7, beta=0.3, tau=0.2, restore_scale=20.0),
     "no_hog_weight": LossConfig(hog_weight=False),
     "masked_only": LossConfig(restore_on="masked"),
     "res_raw": LossConfig(restore_target="res_raw"),
