@@ -38,8 +38,8 @@ def open_data(config: Config, total_batch: int) -> DataSets:
         raise InputError("data.manifest is not set; see `fastsskd index --help`, then --set data.manifest=M")
     train, evaluation = _train_and_evaluation(config)
     ssl = _open(data.ssl_manifest) if data.ssl_manifest else train
-    train = _draw(train, data.max_train, config.run.seed)
-    evaluation = _draw(evaluation, data.max_eval, config.run.seed)
+    train = draw(train, data.max_train, config.run.seed)
+    evaluation = draw(evaluation, data.max_eval, config.run.seed)
     if labelled:
         _check_labels(train, data.manifest)
         refuse_unlabelled(evaluation, data.eval_manifest or data.manifest, "evaluation")
@@ -82,7 +82,7 @@ def _open(source: str) -> Manifest:
     return clips
 
 
-def _draw(clips: Manifest, most: int, seed: int) -> Manifest:
+def draw(clips: Manifest, most: int, seed: int) -> Manifest:
     """A random ``most`` of the clips, in the manifest's order; all for 0."""
     if not most or most >= len(clips):
         return clips

@@ -64,7 +64,8 @@ def cross_validate(
     files = {"config": config, "ds_config": ds_config, "launcher": launcher}
     results = run_many([job for job, _, _ in jobs], **files, out=out, **how)
     runs = {(fold, seed): (results[job.name], out / job.name) for job, fold, seed in jobs}
-    found = {**summary(runs), "weights": WEIGHTS[settings.distill.select]}
+    average = f"; their moving average, {settings.distill.ema} a step" if settings.distill.ema else ""
+    found = {**summary(runs), "weights": WEIGHTS[settings.distill.select] + average}
     durable.write_text(out / RESULT, json.dumps(found, indent=1))
     return found
 
