@@ -17,7 +17,7 @@ from fastsskd.report_data import RunData
 ABOUT = "reference.json"
 ROWS = 60
 """Of a stage's table, each the mean of as many lines as it takes."""
-OF_THE_MACHINE = {"stage", "clips", "seconds", "wait", "clips_per_second"}
+OF_THE_MACHINE = {"stage", "clips", "seconds", "wait", "clips_per_second", "headroom", "mfu"}
 SECTIONS = ("mask", "model", "loss", "ssl", "distill", "augment", "optim", "recipe")
 """Of the configuration: what the curves depend on, besides the clips, their length and the batch."""
 

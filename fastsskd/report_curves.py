@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ BLACK, BLUE, ORANGE, GREEN, RED, PURPLE, BROWN = (
 PALE = "#d3d7de"
 _KINDS = {"restore": BLUE, "mse": ORANGE, "kl": GREEN, "contrast": PURPLE}
 LEAST_EXPLAINED = -20.0
-"""Per cent; the first steps are far below, and would flatten all that follows."""
+"""Per cent; the first steps are far below, and would flatten all that follows. A curve that stays below is drawn."""
 _OTHERS = (BLUE, ORANGE, GREEN, PURPLE, RED, BROWN)
 
 
@@ -36,6 +37,8 @@ def stage_charts(stage: StageData, reference: Sequence[dict[str, Any]] = ()) -> 
         line_chart("Gradient norm, before clipping", norm, unit="norm", log=True),
         line_chart("Learning rate", [_one(lines, "lr", BROWN)], unit="learning rate", from_zero=True),
         line_chart("Speed", [_one(lines, "clips_per_second", BLUE)], unit="clips / s", from_zero=True),
+        line_chart("Use of the machine's peak", [_one(lines, "mfu", GREEN, 100.0)], unit="MFU, %", from_zero=True),
+        line_chart("Loader's headroom", [_one(lines, "headroom", ORANGE, 100.0)], unit="% faster", from_zero=True),
         line_chart("Waiting for data", [_one(lines, "wait", RED, 100.0)], unit="% of the time", from_zero=True),
     ]
     return [chart for chart in charts if chart]
@@ -89,8 +92,10 @@ def _health(lines: list[dict[str, Any]], reference: Sequence[dict[str, Any]]) ->
     spread = [_one(lines, "feature_spread", ORANGE, 100.0, "spread")]
     explained = _behind(reference, "explained_inter", 100.0) + pair("explained", BLUE, "explained")
     explained += pair("positions", GREY, "by positions alone")
+    last = [100.0 * lines[-1][name] for name in ("explained_intra", "explained_inter") if lines and name in lines[-1]]
+    lowest = LEAST_EXPLAINED if min(last, default=0.0) >= LEAST_EXPLAINED else -math.inf
     return [
-        line_chart("Reconstruction: variance explained", explained, unit="% of the variance", lowest=LEAST_EXPLAINED),
+        line_chart("Reconstruction: variance explained", explained, unit="% of the variance", lowest=lowest),
         line_chart(
             "Contrast: clips that find their own pair", accuracy + chance, unit="% of the clips", from_zero=True
         ),

@@ -232,6 +232,18 @@ def test_problems_of_pretraining_and_of_the_data_are_told(tmp_path):
     assert "1 step(s) were skipped" in text and ["iter1-ssl", "3", "nan", "x, y"] in found.rows
 
 
+def test_a_reconstruction_that_learns_nothing_is_drawn_all_the_same(tmp_path):
+    """The first steps of one that learns are far below what follows, and are left out; here nothing follows."""
+    for last, name in ((0.4, "learns"), (-1.5, "stuck")):
+        run = make_run(tmp_path / name, ("iter1-ssl",))
+        lines = [ssl_line("iter1-ssl", step, explained_inter=-1.6) for step in range(10, 60, 10)]
+        lines[-1]["explained_inter"] = last
+        (run / "metrics.jsonl").write_text("".join(json.dumps(own) + "\n" for own in lines))
+        figure = page(read_run(run)).split("<figcaption>Reconstruction")[1].split("</figure>")[0]
+        points = [len(re.findall("[ML]", d)) for d in re.findall(r'<path d="([^"]*)"', figure)]
+        assert points == ([5, 1] if last > 0 else [5, 5, 5, 5])
+
+
 def test_names_with_markup_stay_text(tmp_path):
     run = make_run(tmp_path / "a<i>b")
     (run / "skipped.tsv").write_text("<script>alert(1)</script>\t\"&' <img src=x>\n")
