@@ -94,7 +94,7 @@ class Model:
         self.loaded.require_head()
         cut = self.loaded.cut(window, hop, whole=threshold is not None)
         listener = self._listener(self.loaded.probabilities, cut, batch_size)
-        answers = predict(listener, _sources(source, sample_rate), Choice(self.classes, top_k, threshold))
+        answers = predict(listener.listen(_sources(source, sample_rate)), Choice(self.classes, top_k, threshold))
         predictions = list(_good(answers))
         return predictions if _is_several(source) else predictions[0]
 
@@ -127,7 +127,7 @@ class Model:
             raise UsageError("several models have no features in common; load one of them to embed")
         cut = self.loaded.cut(window, hop, whole=level == "window")
         listener = self._listener(partial(self.loaded.embedding, level=level), cut, batch_size)
-        answers = embed(listener, _sources(source, sample_rate), level)
+        answers = embed(listener.listen(_sources(source, sample_rate)), level)
         rows = [features.rows[0] if level == "clip" else features.rows for features in _good(answers)]
         if not _is_several(source):
             return rows[0]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastsskd.audio_info import BadClip
-from fastsskd.listen import Listener
+from fastsskd.listen import Heard
 from fastsskd.patches import PATCH
 from fastsskd.sources import Source
 
@@ -31,21 +31,20 @@ class Features:
     goes_on: bool = False
 
 
-def embed(listener: Listener, sources: Iterable[Source], level: str) -> Iterator[tuple[Source, Features | BadClip]]:
+def embed(answers: Iterable[Heard], level: str) -> Iterator[tuple[Source, Features | BadClip]]:
     """Each recording's features, or why it could not be used; in their order.
 
     The clip feature of a recording of several windows is the mean of theirs. Other levels keep a recording's windows
     in memory until it ends.
 
     Args:
-        listener: one that answers with features of this level.
-        sources: the recordings.
+        answers: of a listener, features of this level.
         level: see :data:`fastsskd.loaded.LEVELS`.
     """
     rows: list[np.ndarray] = []
     times: list[tuple[float, float]] = []
     total, count = np.zeros(1), 0
-    for heard in listener.listen(sources):
+    for heard in answers:
         if isinstance(heard.answer, np.ndarray):
             if level == "clip":
                 total, count = total + heard.answer.astype(np.float64), count + 1

@@ -67,6 +67,11 @@ class Heard:
     answer: np.ndarray | BadClip | None
     goes_on: bool = False
 
+    @property
+    def ends(self) -> bool:
+        """Whether this is the end of a recording."""
+        return not isinstance(self.answer, np.ndarray)
+
 
 @dataclass(frozen=True)
 class _Part:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastsskd.audio_info import BadClip
-from fastsskd.listen import Heard, Listener
+from fastsskd.listen import Heard
 from fastsskd.sources import Source
 
 
@@ -129,18 +129,15 @@ class _Summary:
         return Prediction(name, seconds, self._choice.best(probs), probs, windows, events, goes_on)
 
 
-def predict(
-    listener: Listener, sources: Iterable[Source], choice: Choice
-) -> Iterator[tuple[Source, Prediction | BadClip]]:
+def predict(answers: Iterable[Heard], choice: Choice) -> Iterator[tuple[Source, Prediction | BadClip]]:
     """What each recording is, or why it could not be used; in their order.
 
     Args:
-        listener: one that answers with class scores.
-        sources: the recordings.
+        answers: of a listener, class scores.
         choice: which classes to say.
     """
     summary = _Summary(choice)
-    for heard in listener.listen(sources):
+    for heard in answers:
         if isinstance(heard.answer, np.ndarray):
             summary.add(heard.start, heard.end, heard.answer)
             continue

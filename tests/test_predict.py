@@ -37,16 +37,6 @@ def run(capsys, *arguments):
     return code, captured.out, captured.err
 
 
-class FromList:
-    """A listener whose answers were made beforehand."""
-
-    def __init__(self, *answers):
-        self.answers = answers
-
-    def listen(self, sources):
-        return iter(self.answers)
-
-
 def windows(scores, source, length=1.0, hop=1.0):
     found = [Heard(source, i * hop, i * hop + length, np.array(row, np.float32)) for i, row in enumerate(scores)]
     return [*found, Heard(source, 0.0, found[-1].end, None)]
@@ -56,8 +46,7 @@ SOURCE = Samples("x", np.zeros(1), 16000)
 
 
 def events_of(scores, threshold=0.5, **shape):
-    listener = FromList(*windows(scores, SOURCE, **shape))
-    ((_, found),) = predict(listener, [SOURCE], Choice(("a", "b"), 2, threshold))
+    ((_, found),) = predict(windows(scores, SOURCE, **shape), Choice(("a", "b"), 2, threshold))
     return [(e.name, e.start, e.end, round(e.score, 3)) for e in found.events]
 
 
@@ -74,8 +63,7 @@ def test_overlapping_windows_merge_and_windows_with_a_gap_do_not():
 
 
 def test_the_score_of_a_recording_is_the_mean_of_its_windows():
-    listener = FromList(*windows([(0.2, 0.8), (0.6, 0.4), (0.4, 0.6)], SOURCE))
-    ((_, found),) = predict(listener, [SOURCE], Choice(("a", "b"), 1))
+    ((_, found),) = predict(windows([(0.2, 0.8), (0.6, 0.4), (0.4, 0.6)], SOURCE), Choice(("a", "b"), 1))
     np.testing.assert_allclose(found.probs, [0.4, 0.6], atol=1e-7)
     assert [name for name, _ in found] == ["b"] and found.events == []
     assert [(w.start, w.end, w.top[0][0]) for w in found.windows] == [(0, 1, "b"), (1, 2, "a"), (2, 3, "b")]
@@ -83,8 +71,8 @@ def test_the_score_of_a_recording_is_the_mean_of_its_windows():
 
 def test_a_recording_that_breaks_off_leaves_nothing_to_the_next():
     broken = [*windows([(1.0, 0.0)], SOURCE)[:-1], Heard(SOURCE, 0, 1, BadClip("damaged"))]
-    listener = FromList(*broken, *windows([(0.0, 1.0)], SOURCE))
-    (_, first), (_, second) = predict(listener, [SOURCE], Choice(("a", "b"), 2, 0.5))
+    answers = [*broken, *windows([(0.0, 1.0)], SOURCE)]
+    (_, first), (_, second) = predict(answers, Choice(("a", "b"), 2, 0.5))
     assert str(first) == "damaged" and second.top == [("b", 1.0)] and second.windows == []
     assert [event.name for event in second.events] == ["b"]
 

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     steps = {"frame": model.grid_size[:1], "patch": (model.num_patches,)}.get(args.level, ())
     rows: list[tuple[str, float, float]] = []
     with NpyFile(out, (*steps, model.embed_dim)) as table:
-        for source, features in account.good(embed(listener, files, args.level)):
+        for source, features in account.good(embed(account.watch(listener.listen(files)), args.level)):
             table.append(features.rows)
             rows += [(source.name, *times) for times in features.times]
             account.heard(features.times[-1][1], features.goes_on)

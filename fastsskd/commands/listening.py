@@ -14,7 +14,7 @@ from fastsskd.errors import UsageError
 
 if TYPE_CHECKING:
     from fastsskd.audio_info import BadClip
-    from fastsskd.listen import Listener
+    from fastsskd.listen import Heard, Listener
     from fastsskd.loaded import Loaded
     from fastsskd.sources import Source
 
@@ -120,7 +120,19 @@ class Account:
         self._num_files, self._quiet = num_files, quiet
         self._done, self._seconds, self._in_part, self.bad = 0, 0.0, 0, 0
         self._begin = self._last = time.monotonic()
+        self._current = 0.0  # seconds heard of the recording that is being heard
         self._first = 0.0  # when the first answer came: what is slow once is not slow for each
+
+    def watch(self, answers: Iterable[Heard]) -> Iterator[Heard]:
+        """The same answers; meanwhile says how far it is, within long recordings too."""
+        for heard in answers:
+            self._first = self._first or time.monotonic()
+            self._current = 0.0 if heard.ends else heard.end
+            now = time.monotonic()
+            if now - self._last >= EVERY and not self._quiet:
+                self._last = now
+                print(self._line(now), file=sys.stderr, flush=True)
+            yield heard
 
     def good(self, answers: Iterable[tuple[Source, Any | BadClip]]) -> Iterator[tuple[Source, Any]]:
         """The answers of the recordings that could be used; the others are named with their reason."""
@@ -128,17 +140,12 @@ class Account:
 
         for source, answer in answers:
             self._done += 1
-            self._first = self._first or time.monotonic()
             if isinstance(answer, BadClip):
                 self.bad += 1
                 sys.stdout.flush()
                 print(f"{source.name}: {answer}", file=sys.stderr, flush=True)
             else:
                 yield source, answer
-            now = time.monotonic()
-            if now - self._last >= EVERY and not self._quiet:
-                self._last = now
-                print(self._line(now), file=sys.stderr, flush=True)
 
     def heard(self, seconds: float, goes_on: bool) -> None:
         """So many seconds of a recording were heard; whether it goes on after them."""
@@ -170,4 +177,6 @@ class Account:
             of = f"/{self._num_files}"
             each = (now - self._first) / max(self._done - 1, 1)
             left = f", {each * (self._num_files - self._done):.0f} s left" if self._done > 1 else ""
-        return f"{self._done}{of} files, {self._seconds:.0f} s of audio, {self.bad} bad{left}"
+        seconds = self._seconds + self._current
+        speed = seconds / (now - self._begin)
+        return f"{self._done}{of} files, {seconds:.0f} s of audio ({speed:.0f} x real time), {self.bad} bad{left}"

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     files, count = listening.sources(args)
     account = listening.Account(count, args.quiet)
     choice = Choice(loaded.infos[0].classes, args.top_k, args.threshold)
-    predictions = _counted(account, account.good(predict(listener, files, choice)))
+    predictions = _counted(account, account.good(predict(account.watch(listener.listen(files)), choice)))
     if args.json:
         _print_json(predictions, args.threshold)
     elif args.csv:
