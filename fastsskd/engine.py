@@ -55,6 +55,7 @@ class StagePlan:
         seed: of draws that a module makes from torch's generator; ours make none.
         log_every: optimizer steps between two calls of ``on_log``.
         max_bad_steps: steps in a row with a loss or gradient that is not finite, at which the run ends.
+        clip_flops, peak_flops: operations of a clip, and those that all ranks could do in a second; 0 = not known.
     """
 
     name: str
@@ -67,6 +68,8 @@ class StagePlan:
     seed: int
     log_every: int
     max_bad_steps: int = 5
+    clip_flops: float = 0.0
+    peak_flops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,9 @@ class Log:
         clips: clips trained on, over all ranks.
         seconds: wall time.
         wait: share of it that this rank waited for data.
+        headroom: how much faster the slowest rank's loader could have gone, 1 = twice as fast: what its workers were
+            idle. NaN where the loader does not tell.
+        mfu: model FLOPs utilisation, the share of the machine's peak that the model's products had; NaN = not known.
     """
 
     step: int
@@ -89,6 +95,8 @@ class Log:
     clips: int
     seconds: float
     wait: float
+    headroom: float = math.nan
+    mfu: float = math.nan
 
 
 def train_stage(
@@ -117,7 +125,7 @@ def train_stage(
     """
     engine.train()
     batches = _forever(loader)
-    meter = _Meter(plan.log_every)
+    meter = _Meter(plan, loader)
     bad_steps = BadSteps(plan.name, plan.max_bad_steps, on_bad)
     for step in range(start_step, plan.total_steps):
         lr = learning_rate(step, plan.total_steps, plan.warmup_steps, plan.peak_lr, plan.schedule)
@@ -193,14 +201,14 @@ def _grad_norm(engine: Any) -> float:
 class _Meter:
     """Sums between two logs; the losses stay on the device until the log."""
 
-    def __init__(self, every: int):
-        self.every = every
+    def __init__(self, plan: StagePlan, loader: Loader):
+        self.plan, self.loader = plan, loader
         self._reset()
 
     def _reset(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.weight, self.clips, self.waited = 0.0, 0, 0.0
-        self.begin = time.perf_counter()
+        self.begin, self.busy = time.perf_counter(), getattr(self.loader, "busy", None)
 
     def wait(self, batches: Any) -> Batch:
         begin = time.perf_counter()
@@ -218,16 +226,27 @@ class _Meter:
         self.clips += clips
 
     def due(self, step: int) -> bool:
-        return step % self.every == 0
+        return step % self.plan.log_every == 0
 
     def log(self, step: int, lr: float, grad_norm: float) -> Log:
         """Close the interval; the means are over all ranks. This waits for the device and for the other ranks."""
-        own = ({name: float(value) for name, value in self.sums.items()}, self.weight)
-        ranks = [rank for rank in distributed.gather_objects(own) if rank[0]]
-        weight = max(sum(weight for _, weight in ranks), 1e-9)
+        own = ({name: float(value) for name, value in self.sums.items()}, self.weight, self._headroom())
+        everyone = distributed.gather_objects(own)
+        ranks = [rank for rank in everyone if rank[0]]
+        weight = max(sum(rank[1] for rank in ranks), 1e-9)
         names = ranks[0][0] if ranks else ()
-        metrics = {name: sum(sums[name] for sums, _ in ranks) / weight for name in names}
-        seconds = time.perf_counter() - self.begin
-        log = Log(step, metrics, lr, grad_norm, self.clips, seconds, self.waited / max(seconds, 1e-9))
+        metrics = {name: sum(rank[0][name] for rank in ranks) / weight for name in names}
+        seconds = max(time.perf_counter() - self.begin, 1e-9)
+        headroom, peak = min(rank[2] for rank in everyone), self.plan.peak_flops
+        mfu = self.clips * self.plan.clip_flops / (seconds * peak) if peak else math.nan
+        log = Log(step, metrics, lr, grad_norm, self.clips, seconds, self.waited / seconds, headroom, mfu)
         self._reset()
         return log
+
+    def _headroom(self) -> float:
+        """Of this rank's loader: it could have worked all the time in all its threads."""
+        if self.busy is None:
+            return math.nan
+        worked = self.loader.busy - self.busy
+        could = (time.perf_counter() - self.begin) * self.loader.workers
+        return max(could / max(worked, 1e-9) - 1.0, 0.0)

@@ -120,6 +120,7 @@ class Loader:
         self.skipped: dict[str, str] = {}
         self.epoch = self.position = self._seen = 0
         self._stream: Stream | None = None
+        self._busy = 0.0  # of streams that have ended
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -148,6 +149,11 @@ class Loader:
             f"{len(self.manifest)} clips ({source}), {self.workers} worker thread(s), {self.prefetch} batches of "
             f"{self.sampler.batch_size} ahead ({mega:.0f} MB)"
         )
+
+    @property
+    def busy(self) -> float:
+        """Seconds that the worker threads have worked so far, all together; of each, waiting for a disk is a part."""
+        return self._busy + (self._stream.busy if self._stream is not None else 0.0)
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor. It is global: any rank's state resumes all ranks, with any world size, workers and batch size."""
@@ -180,6 +186,7 @@ class Loader:
         if self._stream is not None:
             self._finalizer.detach()
             self._stream.stop()
+            self._busy += self._stream.busy
             self._stream = None
 
     def _count(self, num_good: int, skipped: dict[str, str]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
 import torch
 
-from fastsskd import flops
+from fastsskd import distributed, flops
 from fastsskd.config import Config
 from fastsskd.hardware import GPUS
 from fastsskd.teachers.ensemble import Ensemble
@@ -18,6 +19,7 @@ _SECONDS = 0.05
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+@functools.lru_cache(maxsize=8)
 def peak_flops(device: torch.device, precision: str) -> float:
     """FLOP/s of dense matrix products: of the card's data sheet, or as this machine does them just now.
 
@@ -44,13 +46,19 @@ def peak_flops(device: torch.device, precision: str) -> float:
 
 def clip_flops(config: Config, kind: str, classes: int, teacher: Any = None) -> float:
     """Operations of a clip in a step of a stage of ``kind``; a teacher of another project counts as a base-size one."""
-    seconds = config.data.seconds
+    seconds, head = config.data.seconds, {"frozen": config.distill.frozen, "pooling": config.model.pooling}
     if kind == "ssl":
         options = {"inter_ratio": config.mask.inter_ratio, "raw_gradient": config.loss.raw_gradient}
         return flops.pretrain_step(config.model.size, seconds, **options).total
-    total = flops.distill_step(config.model.size, classes, seconds).total
+    total = flops.distill_step(config.model.size, classes, seconds, **head).total
     for member in teacher.members if isinstance(teacher, Ensemble) else [teacher]:
         if callable(member):  # stored answers are not asked
             size = member.info.size if isinstance(member, OwnTeacher) else "base"
             total += flops.distill_step(config.model.size, classes, seconds, teacher=size).teacher
     return total
+
+
+def of_stage(config: Config, kind: str, classes: int, teacher: Any, device: torch.device, precision: str) -> dict:
+    """``clip_flops`` and ``peak_flops`` of an :class:`fastsskd.engine.StagePlan`, all ranks' devices being alike."""
+    peak = peak_flops(device, precision) * distributed.world_size()
+    return {"clip_flops": clip_flops(config, kind, classes, teacher), "peak_flops": peak}

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastsskd import distributed, ds_config, profile_disk, profile_step
+from fastsskd import distributed, ds_config, peak, profile_disk, profile_step
 from fastsskd.batch import Batch
 from fastsskd.clip_table import PACKED
-from fastsskd.peak import clip_flops, peak_flops
 from fastsskd.profile_job import Job, say
 from fastsskd.profile_runs import Trace, endless, four_runs, real_batches
-from fastsskd.profile_stages import Pace, Pipelines, format_of, marginal
+from fastsskd.profile_stages import Pace, Pipelines, marginal
 from fastsskd.profile_stats import slope, waits
 from fastsskd.profile_verdict import Advice, Found, RankFound, StageCost, Verdict, advise, verdict
 
@@ -55,62 +54,67 @@ class Profile:
 def profile(job: Job, seconds: float) -> Profile:
     """Measure a job for about ``seconds``; longer where a few steps take longer. Every rank must call it."""
     begin, ticks = time.perf_counter(), Ticks.now()
-    share = {name: part * seconds for name, part in SHARES.items()}
+    ranks = distributed.gather_objects(_measure(job, {name: part * seconds for name, part in SHARES.items()}))
+    found = _found(job, ranks)
+    answer, spent = verdict(found), time.perf_counter() - begin
+    return Profile(
+        found=found,
+        verdict=answer,
+        advice=advise(found, answer.word),
+        traces=[rank["traces"] for rank in ranks],
+        formats=ranks[0]["formats"],
+        skipped={key: reason for rank in ranks for key, reason in rank["skipped"].items()},
+        batch=job.sizes.total,
+        kind=job.stage.kind,
+        seconds=spent,
+        others=_others(ticks, spent),
+    )
+
+
+def _measure(job: Job, share: dict[str, float]) -> dict[str, Any]:
+    """All that one rank measures; ``share`` says for how many seconds each thing."""
     batches = real_batches(job)
     rounds = _rounds(job, batches[0], share["runs"])
-    say(f"profiling {job.stage.name} for about {seconds:.0f} s: four runs ...")
+    say(f"profiling {job.stage.name} for about {sum(share.values()):.0f} s: four runs ...")
     traces, skipped = four_runs(job, batches, share["runs"], rounds)
     say("the loader's stages, and the step's ...")
     with contextlib.closing(job.loader()) as loader:
         workers, prefetch = loader.workers, loader.prefetch
     pipelines = Pipelines(job.clips, job.config.data, job.device, workers)
     distributed.barrier()
-    stages = pipelines.stages(share["stages"])
-    threads = pipelines.by_threads(share["threads"], thread_counts(workers))
-    formats = pipelines.by_format(share["formats"])
+    own = {"traces": traces, "skipped": skipped, "workers": workers, "prefetch": prefetch}
+    own["stages"] = pipelines.stages(share["stages"])
+    own["threads"] = pipelines.by_threads(share["threads"], thread_counts(workers))
+    own["formats"] = pipelines.by_format(share["formats"])
+    distributed.barrier()  # the disk is everybody's
+    own["disk"] = profile_disk.measure(pipelines, share["disk"])
     distributed.barrier()
-    disk = profile_disk.measure(pipelines, share["disk"])
-    distributed.barrier()
-    parts = profile_step.parts(job, batches[0], share["step"])
+    own["parts"] = profile_step.parts(job, batches[0], share["step"])
     sent = profile_step.communication(job, batches[0], share["sent"])
-    rank = _rank(job, traces, sent)
-    own = {"rank": rank, "traces": traces, "skipped": skipped, "stages": stages, "parts": parts}
-    own |= {
-        "threads": threads,
-        "formats": formats,
-        "disk": disk,
-        "cores": (_node_ranks(), distributed.cores_per_rank()),
-    }
-    ranks = distributed.gather_objects(own)
-    first = ranks[0]  # every rank must come to the same conclusions
+    own["rank"] = _rank(job, traces, sent)
+    return own
+
+
+def _found(job: Job, ranks: list[dict[str, Any]]) -> Found:
+    """From what the ranks measured; the same on every rank, which must all come to the same conclusions."""
+    first = ranks[0]
+    packed = job.clips.source == PACKED
     found = Found(
-        ranks=tuple(other["rank"] for other in ranks),
-        node_ranks=first["cores"][0],
-        cores=first["cores"][1],
+        ranks=tuple(rank["rank"] for rank in ranks),
+        node_ranks=_node_ranks(),
+        cores=distributed.cores_per_rank(),
         shares_cores=job.device.type == "cpu",
-        workers=workers,
-        prefetch=prefetch,
-        source=PACKED if job.clips.source == PACKED else format_of(pipelines.clips, len(pipelines.clips) // 2),
+        workers=first["workers"],
+        prefetch=first["prefetch"],
+        source=PACKED if packed else max(first["formats"], key=lambda kind: first["formats"][kind][0]),
         clip_seconds=job.config.data.seconds,
         precision=ds_config.precision(job.deepspeed_config),
         stages=_stages(ranks),
         threads=first["threads"],
         disk=first["disk"],
     )
-    found = dataclasses.replace(found, mfu=_mfu(job, found))
-    answer, spent = verdict(found), time.perf_counter() - begin
-    return Profile(
-        found=found,
-        verdict=answer,
-        advice=advise(found, answer.word),
-        traces=[other["traces"] for other in ranks],
-        formats=first["formats"],
-        skipped={key: reason for other in ranks for key, reason in other["skipped"].items()},
-        batch=job.sizes.total,
-        kind=job.stage.kind,
-        seconds=spent,
-        others=_others(ticks, spent),
-    )
+    (own, *_) = distributed.gather_objects(dataclasses.replace(found, mfu=_mfu(job, found)))
+    return own
 
 
 def save_trace(job: Job, path: Path) -> None:
@@ -174,11 +178,10 @@ def _stages(ranks: list[dict[str, Any]]) -> tuple[StageCost, ...]:
     return tuple(found)
 
 
-def _mfu(job: Job, found: Found) -> float | None:
-    clip = clip_flops(job.config, job.stage.kind, len(job.parts.data.train.classes), job.teacher)
-    peak = peak_flops(job.device, found.precision)
-    peaks = sum(other for (other,) in distributed.gather_objects((peak,)))
-    return found.step.value * clip / peaks if peaks else None
+def _mfu(job: Job, found: Found) -> float:
+    classes = len(job.parts.data.train.classes)
+    known = peak.of_stage(job.config, job.stage.kind, classes, job.teacher, job.device, found.precision)
+    return found.step.value * known["clip_flops"] / known["peak_flops"]
 
 
 def _node_ranks() -> int:

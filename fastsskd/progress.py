@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 
@@ -39,7 +40,7 @@ class ProgressLine:
         line = (
             f"{stage:<14} step {log.step:>5}/{plan.total_steps}  epoch {log.step / plan.steps_per_epoch:5.1f}  "
             f"loss {log.metrics.get('loss', float('nan')):8.4f}  lr {log.lr:.1e}  "
-            f"{log.clips / max(log.seconds, 1e-9):7.1f} clips/s  wait {100 * log.wait:4.1f} %  "
+            f"{log.clips / max(log.seconds, 1e-9):7.1f} clips/s  wait {100 * log.wait:4.1f} %  {live(log)}"
             f"left {clock(self._left(stage, log.step, plan))}, run {clock(self._left(stage, log.step, plan, run=True))}"
         )
         terminal = sys.stderr.isatty()
@@ -56,6 +57,16 @@ class ProgressLine:
         for name in names[names.index(stage) + 1 :]:
             seconds += self.steps[name] * self.seconds_per_step.get(_kind(name), own)
         return seconds
+
+
+def live(log: Log) -> str:
+    """What is known of the loader's headroom and of the machine's use."""
+    text = ""
+    if math.isfinite(log.headroom):
+        text += f"spare {min(100 * log.headroom, 999):3.0f} %  "
+    if math.isfinite(log.mfu):
+        text += f"mfu {100 * log.mfu:4.1f} %  "
+    return text
 
 
 def _kind(stage: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastsskd import checkpoint, distributed, ds_config, engine_state, health, score_file, weights
+from fastsskd import checkpoint, distributed, ds_config, engine_state, health, peak, score_file, weights
 from fastsskd.alive import Watchdog
 from fastsskd.bad_steps import BadStep
 from fastsskd.config import Config
@@ -134,10 +135,17 @@ class Recipe:
         model.load_state_dict(state)
         return self._score([(model.to(self.device).eval(), info)], "", stoppable=False)
 
+    def _measured(self, plan: StagePlan, stage: Stage, teacher: Any) -> StagePlan:
+        """The plan of a stage, with what its steps compute and this machine could."""
+        precision, classes = ds_config.precision(self.deepspeed_config), len(self.data.train.classes)
+        return dataclasses.replace(
+            plan, **peak.of_stage(self.config, stage.kind, classes, teacher, self.device, precision)
+        )
+
     def _train(self, stage: Stage, resolved: dict[str, Any]) -> dict[str, Any]:
         """Train one stage and save its model; returns which weights were kept."""
-        plan = self.parts.plan(stage)
         teacher = self.parts.teacher(stage)
+        plan = self._measured(self.parts.plan(stage), stage, teacher)
         module = self.parts.module(stage, self.parts.start_model(stage), teacher)
         untrained = {n: p.detach().clone() for n, p in module.model.named_parameters() if not p.requires_grad}
         loader = self.parts.loader(stage, teacher)

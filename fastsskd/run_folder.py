@@ -24,7 +24,8 @@ from fastsskd.start_report import StartReport
 from fastsskd.weights import MODEL_FILE
 
 RESULT, PROGRESS, METRICS, BAD_STEPS = "result.json", "progress.json", "metrics.jsonl", "bad_steps.jsonl"
-LINE_FIELDS = {"stage", "step", "epoch", "lr", "grad_norm", "clips_per_second", "clips", "seconds", "wait"}
+LIVE = ("headroom", "mfu")
+LINE_FIELDS = {"stage", "step", "epoch", "lr", "grad_norm", "clips_per_second", "clips", "seconds", "wait", *LIVE}
 """Of a line of metrics.jsonl; whatever else it holds is the loss, its terms, and ``health.NAMES``."""
 _PACKAGES = ("torch", "torchaudio", "timm", "deepspeed", "numba", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
@@ -148,6 +149,7 @@ class RunFolder:
             "clips": log.clips,
             "seconds": log.seconds,
             "wait": log.wait,
+            **{name: value for name in LIVE if math.isfinite(value := getattr(log, name))},
             **health.with_shares(log.metrics),
             **(features or {}),
         }

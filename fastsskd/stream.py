@@ -9,6 +9,7 @@ to the device, where torch resamples them and computes the features.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -107,6 +108,7 @@ class Stream:
         self._on_gpu = settings.device.type == "cuda"
         self._side = torch.cuda.Stream(settings.device) if self._on_gpu else None
         self._stopped, self._failed = threading.Event(), False
+        self._count, self._busy = threading.Lock(), 0.0
         self._pool = ThreadPoolExecutor(settings.workers, thread_name_prefix="fastsskd-loader")
         self._herald = ThreadPoolExecutor(1, thread_name_prefix="fastsskd-ahead")
         self._start_work()
@@ -130,6 +132,11 @@ class Stream:
                 if isinstance(value, Tensor) and value.is_cuda:
                     value.record_stream(current)
         return delivery
+
+    @property
+    def busy(self) -> float:
+        """Seconds that the workers have worked so far, all together."""
+        return self._busy
 
     def stop(self) -> None:
         self._stopped.set()
@@ -173,9 +180,10 @@ class Stream:
     # The rest runs in the workers.
 
     def _do_part(self, work: _Work, places: range) -> None:
+        if self._stopped.is_set():
+            return
+        begin = time.perf_counter()
         try:
-            if self._stopped.is_set():
-                return
             index, crops = [int(work.index[place]) for place in places], [work.crops[place] for place in places]
             for at, clip in self._reader().read(index, crops):
                 place = places[at]
@@ -189,6 +197,9 @@ class Stream:
             with work.lock:
                 if not work.done.done():
                     work.done.set_exception(error)
+        finally:
+            with self._count:
+                self._busy += time.perf_counter() - begin
 
     def _reader(self) -> ClipReader:
         """This worker's own."""
