@@ -94,7 +94,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / RESULT).unlink(missing_ok=True)  # an earlier try's; a run that is killed leaves none
             (self.path / "config.toml").write_text(to_toml(self.config), encoding="utf-8")
-            write_json(self.path / "ds_config.json", deepspeed_config)
+            write_json(self.path / "ds_config.json", self._without_own_folder(deepspeed_config))
             if not self.resumed:
                 (self.path / METRICS).write_text("", encoding="utf-8")
         self.progress.update(num_train=num_train, num_eval=num_eval)
@@ -102,6 +102,15 @@ class RunFolder:
         self.say(
             f"run {self.path}: {num_train} clips to train on, {num_eval} to evaluate on; stages: {', '.join(steps)}"
         )
+
+    def _without_own_folder(self, deepspeed_config: dict[str, Any]) -> dict[str, Any]:
+        """``deepspeed_config`` for another run too: its TensorBoard files belong into that run's folder."""
+        logs = deepspeed_config.get("tensorboard", {})
+        if logs.get("output_path") != str(self.tensorboard):
+            return deepspeed_config
+        return deepspeed_config | {
+            "tensorboard": {k: v for k, v in logs.items() if k not in ("output_path", "job_name")}
+        }
 
     def say(self, text: str) -> None:
         """Tell people something, once."""
