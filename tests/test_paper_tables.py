@@ -215,3 +215,22 @@ def test_a_whole_balance(script, tmp_path, tones):
     assert found["looks"][0]["step"] == 0 and (tmp_path / "out/loss_balance.png").stat().st_size > 10_000
     assert Config().loss.alpha == found["weights"]["alpha"]
     assert SimpleNamespace(**found["looks"][-1]).step == found["clips"] // 4 - 1
+
+
+def test_figures(script, tmp_path, tones, capsys):
+    figures = script("paper_figures")
+    options = [str(tones), "--seconds", "0.96", "--out", str(tmp_path)]
+    assert figures.main([*options, "--figure", "5", "7", "--clips", "7"]) == 0
+    found = json.loads((tmp_path / "figure5.json").read_text())
+    assert found["clips"] == 7 and len(found["mean_of_frequency_patch"]) == 8
+    x = torch.cat([batch.hog for batch in figures.load(manifest.load(tones), 0.96)])
+    assert x.shape == (40, 48)
+    own = x[:, :40]  # five of the six patches in time are whole
+    weight = torch.exp(-(own - own.mean(1, keepdim=True)).square() / own.var(1, unbiased=False, keepdim=True))
+    figures.main([*options, "--figure", "5", "--clips", "40"])
+    found = json.loads((tmp_path / "figure5.json").read_text())
+    assert found["mean_weight"] == pytest.approx(float(weight.mean()), rel=1e-4)
+    assert all((tmp_path / f"figure{number}.png").stat().st_size > 10_000 for number in (5, 7))
+    capsys.readouterr()
+    assert figures.main([*options, "--figure", "7", "--classes", "whale"]) == 2
+    assert "the manifest has high, low" in capsys.readouterr().err
