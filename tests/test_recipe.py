@@ -213,6 +213,18 @@ def test_a_linear_probe_changes_the_head_alone(finished, training, tones, tmp_pa
     assert info.pooling == model.pooling == pooling and result["status"] == "complete"
 
 
+def test_a_killed_linear_probe_goes_on(finished, training, tones, tmp_path):
+    options = {"recipe__stages": '["distill"]', "distill__frozen": "true", "run__checkpoint_every": 4}
+    options |= {"model__init": json.dumps(str(finished[0] / "checkpoints/iter1-ssl")), "model__pooling": '"attentive"'}
+    whole, _, _ = training.run(tmp_path / "whole", tones, distill__epochs=3, **options)
+    harm = [{"do": "kill", "function": "fastsskd.engine._optimize", "calls": [10]}]
+    training.start(tmp_path / "cut", tones, harm=harm, distill__epochs=3, **options).wait()
+    lines, _, printed = training.run(tmp_path / "cut", tones, resume=True, distill__epochs=3, **options)
+    assert "continues from step 8 " in printed and losses(lines) == losses(whole)
+    files = [load_file(tmp_path / name / "checkpoints/iter1-distill/model.safetensors") for name in ("whole", "cut")]
+    assert all(torch.equal(value, files[1][name]) for name, value in files[0].items())
+
+
 def test_attentive_pooling_goes_from_stage_to_stage_and_teaches(training, tones, tmp_path):
     options = {"recipe__iterations": 2, "distill__teacher": '"previous"', "model__pooling": '"attentive"'}
     lines, result, _ = training.run(tmp_path / "run", tones, ssl__epochs=1, distill__epochs=1, **options)
