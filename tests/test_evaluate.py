@@ -235,6 +235,12 @@ def test_a_multi_label_set_has_no_confusion(tmp_path, checkpoints, capsys):
     assert "may have several labels" in capsys.readouterr().err
 
 
+def test_a_picture_of_no_kind_is_refused_before_any_clip_is_read(checkpoints, capsys):
+    given = ["--checkpoint", str(checkpoints[0]), "--confusion", "c.docx", "no.manifest"]
+    assert cli.main(["evaluate", *given]) == 2
+    assert "c.docx: end it with .png" in capsys.readouterr().err
+
+
 def test_a_place_that_cannot_be_written_is_named(noises, checkpoints, tmp_path, capsys):
     (tmp_path / "file").touch()
     given = ["--checkpoint", str(checkpoints[0]), "--scores", str(tmp_path / "file/s.npz"), str(noises)]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsskd.commands.arguments import command, natural, positive
+from fastsskd.commands.arguments import command, device, natural, positive
 from fastsskd.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 EXAMPLES = """
 fastsskd evaluate --checkpoint runs/mine/checkpoints/iter2-distill my.manifest --folds 5
 fastsskd evaluate --checkpoint runs/mine/checkpoints/iter1-distill runs/mine/checkpoints/iter2-distill my.manifest
+fastsskd evaluate --checkpoint model.safetensors --crops 3 --confusion confusion.png --scores scores.npz my.manifest
 """
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def add(commands: Any) -> None:
@@ -34,13 +37,11 @@ def add(commands: Any) -> None:
     evaluate.add_argument("--confusion", metavar="FILE", help="draw the confusion matrix: .png, .svg or .pdf")
     evaluate.add_argument("--scores", metavar="FILE.npz", help="write the class probabilities of each clip")
     evaluate.add_argument("--batch_size", type=positive, default=32, help="clips (default %(default)s)")
-    evaluate.add_argument("--device", default=None, help="cpu or cuda; default: cuda if there is one")
+    evaluate.add_argument("--device", default=None, help="cpu, cuda or cuda:N; default: cuda if there is one")
     evaluate.add_argument("--workers", type=positive, default=None, help="threads; default: all cores")
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
-
     from fastsskd import confusion, score_file
     from fastsskd.evaluate import rate
     from fastsskd.evaluate_report import table
@@ -50,13 +51,15 @@ def run(args: argparse.Namespace) -> int:
         *args.checkpoint, args.manifest = args.checkpoint
         if not args.checkpoint:
             raise UsageError("fastsskd evaluate: give both a checkpoint and a manifest: --checkpoint C MANIFEST")
+    if args.confusion and Path(args.confusion).suffix not in PICTURES:
+        raise UsageError(f"--confusion {args.confusion}: end it with {', '.join(PICTURES)}")
     clips = open_manifest(args.manifest)
     if args.confusion and clips.multi_label:
         raise UsageError(f"--confusion: the clips of {args.manifest} may have several labels; use the table")
     names = ("batch_size", "crops", "average")
     options = {name: getattr(args, name) for name in names} | {"resamples": args.bootstrap}
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    rated = rate(args.checkpoint, of_folds(clips, args), device=device, workers=args.workers or 0, **options)
+    options |= {"device": device(args.device), "workers": args.workers or 0}
+    rated = rate(args.checkpoint, of_folds(clips, args), **options)
     if args.scores:
         try:
             score_file.save(args.scores, rated.clips)

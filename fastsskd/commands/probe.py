@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from fastsskd.commands.arguments import command, positive
+from fastsskd.commands.arguments import command, device, positive
 
 EXAMPLES = """
 fastsskd probe --checkpoint runs/mine/checkpoints/iter1-ssl my.manifest
@@ -35,7 +35,6 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastsskd.commands.arguments import device
     from fastsskd.datasets import draw
     from fastsskd.loader import open_manifest
     from fastsskd.manifest import split
