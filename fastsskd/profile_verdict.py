@@ -291,7 +291,7 @@ def _pack(found: Found) -> list[Advice]:
         return []
     whole = found.group("loader")
     raw = found.clip_seconds * 32000  # bytes of a crop, 16 bit at 16 kHz
-    read = found.seconds("read") * min(raw / max(found.disk.bytes, 1.0), 10.0) if found.disk else 0.0
+    read = found.seconds("read") * (min(raw / max(found.disk.bytes, 1.0), 10.0) if found.disk else 1.0)
     packed = found.seconds(*_MADE) + max(read, raw / _RAW_RATE)
     costs = {name: found.seconds(name) for name in ("decode", "resample, crop")}
     heavy = max(costs, key=lambda name: costs[name])
