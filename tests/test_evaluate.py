@@ -246,3 +246,13 @@ def test_a_place_that_cannot_be_written_is_named(noises, checkpoints, tmp_path, 
     given = ["--checkpoint", str(checkpoints[0]), "--scores", str(tmp_path / "file/s.npz"), str(noises)]
     assert cli.main(["evaluate", *given]) == 1
     assert "file/s.npz: cannot be written: " in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_crops_are_the_same_on_any_number_of_ranks(training, noises, checkpoints, tmp_path, ranks):
+    """Of the four clips that are long enough, three ranks have shares of different sizes."""
+    training.call("evaluate_ranks.save_scores", noises, checkpoints[0], tmp_path / "s.npz", ranks=ranks)
+    one = evaluate.rate(checkpoints[:1], noises, crops=3).clips
+    with np.load(tmp_path / "s.npz") as found:
+        assert found["key"].tolist() == one.key.tolist()
+        np.testing.assert_allclose(found["probs"], one.probs, atol=1e-6)
