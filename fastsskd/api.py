@@ -78,7 +78,7 @@ class Model:
         unless ``window``, ``hop`` or ``threshold`` ask for all of it.
 
         Args:
-            source: a path, samples ``(S,)`` or ``(S, channels)`` with ``sample_rate``, or a list of paths.
+            source: a path, samples ``(S,)`` or ``(S, channels)`` with ``sample_rate``, or a list of either.
             sample_rate: Hz of samples.
             top_k: at most so many classes.
             threshold: only classes with at least this score, and ``events``.
@@ -116,7 +116,7 @@ class Model:
 
         Returns:
             float32: ``(D,)`` of a clip; ``(W, D)``, ``(W, T, D)``, ``(W, N, D)`` of its W windows, their frames or
-            patches. Of a list of paths ``(n, D)`` of clips, else a list.
+            patches. Of a list ``(n, D)`` of clips, else a list.
 
         Raises:
             InputError: a recording that cannot be used. UsageError: no such level, or several models.
@@ -148,12 +148,15 @@ def _is_several(source: Any) -> bool:
 
 
 def _sources(source: Any, sample_rate: int | None) -> list[Source]:
-    if hasattr(source, "__array__"):
-        if sample_rate is None:
-            raise UsageError("samples need their sampling rate: model.classify(samples, sample_rate=44100)")
-        return [Samples("samples", np.asarray(source), sample_rate)]
-    paths = list(source) if _is_several(source) else [source]
-    return [Recording(str(path), Path(path)) for path in paths]
+    return [_source(item, sample_rate) for item in (source if _is_several(source) else [source])]
+
+
+def _source(item: Any, sample_rate: int | None) -> Source:
+    if not hasattr(item, "__array__"):
+        return Recording(str(item), Path(item))
+    if sample_rate is None:
+        raise UsageError("samples need their sampling rate: model.classify(samples, sample_rate=44100)")
+    return Samples("samples", np.asarray(item), sample_rate)
 
 
 def _good(answers: Iterable[tuple[Source, Any]]) -> Iterator[Any]:

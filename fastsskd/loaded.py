@@ -80,11 +80,11 @@ class Loaded:
         longest, shortest = (of(info.seconds for info in self.infos) for of in (max, min))
         whole, window = whole or window is not None, longest if window is None else window
         if not 0.025 <= window <= longest:
-            raise UsageError(f"--window {window:g}: choose 0.025 to {longest:g} s, the length the model was trained on")
+            raise UsageError(f"window {window:g}: choose 0.025 to {longest:g} s, the length the model was trained on")
         if hop is None:
             hop = min(window, shortest) if whole else 0.0
         if hop != 0.0 and not 0.01 <= hop < float("inf"):
-            raise UsageError(f"--hop {hop:g}: choose at least 0.01 s, or 0 for the first window only")
+            raise UsageError(f"hop {hop:g}: choose at least 0.01 s, or 0 for the first window only")
         return Cut(round(window * SAMPLE_RATE), round(hop * SAMPLE_RATE))
 
     @torch.no_grad()

@@ -125,7 +125,9 @@ def find(arguments: Iterable[str | Path]) -> Iterator[Recording]:
 def _from_path(name: str) -> Iterator[Recording]:
     path = Path(name)
     try:
-        if path.is_dir():
+        if not name:
+            yield Recording(name, path, bad="an empty name; give a file, a folder, a manifest, or - for stdin")
+        elif path.is_dir():
             yield from _from_folder(name, path)
         elif path.is_file() and _is_list(path):
             yield from _clips(layouts.build(path))

@@ -18,7 +18,8 @@ def save_checkpoint(folder: Path, *, seed: int = 0, classes=CLASSES, **about) ->
     info = ModelInfo(
         "nano", tuple(classes), **{"multi_label": False, "seconds": SECONDS, "mean": -4.0, "std": 4.5} | about
     )
-    model = build_model(info.size, len(classes), seconds=info.seconds, seed=seed, attention=info.attention)
+    how = {"attention": info.attention, "pooling": info.pooling}
+    model = build_model(info.size, len(classes), seconds=info.seconds, seed=seed, **how)
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         if model.head is not None:

@@ -40,6 +40,9 @@ def test_a_path_several_paths_and_samples_give_the_same(model, clips):
         np.testing.assert_allclose(alone.probs, prediction.probs, atol=1e-6)
         np.testing.assert_allclose(alone.probs, in_memory.probs, atol=1e-6)
         assert [name for name, _ in alone] == [CLASSES[c] for c in np.argsort(-alone.probs)]
+    waves = [soundfile.read(path, dtype="float32")[0] for path in clips]
+    for prediction, in_memory in zip(several, model.classify(waves, 44100), strict=True):
+        np.testing.assert_allclose(prediction.probs, in_memory.probs, atol=1e-6)
     assert np.ptp([prediction.probs for prediction in several], axis=0).max() > 0.01
 
 

@@ -89,7 +89,12 @@ def clips():
 
 @pytest.mark.parametrize(
     ("given", "about"),
-    [("fbank", {}), ("waveform", {"multi_label": True, "attention": "simam"}), ("waveform", {"classes": ()})],
+    [
+        ("fbank", {}),
+        ("waveform", {"multi_label": True, "attention": "simam"}),
+        ("waveform", {"classes": ()}),
+        ("fbank", {"pooling": "attentive"}),
+    ],
 )
 def test_onnx_answers_as_the_model_does(tmp_path, clips, given, about):
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")

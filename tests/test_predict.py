@@ -176,7 +176,7 @@ def test_quiet_leaves_what_matters(capsys, checkpoint, clips):
         (["--checkpoint", "none", "a.wav"], 1, "no such file"),
         (["--checkpoint", "{model}"], 2, "give both a checkpoint and what to hear"),
         (["--checkpoint", "{model}", "a.wav", "--json", "--csv"], 2, "choose one"),
-        (["--checkpoint", "{model}", "a.wav", "--window", "99"], 2, "--window 99"),
+        (["--checkpoint", "{model}", "a.wav", "--window", "99"], 2, "window 99: choose 0.025 to 0.96 s"),
         (["--checkpoint", "{model}", "a.wav", "--device", "tpu"], 2, "--device tpu"),
         (["--checkpoint", "{ssl}", "a.wav"], 1, "predicts nothing"),
     ],

@@ -55,8 +55,8 @@ def test_a_manifest_is_known_by_its_content(folder, tmp_path):
 def test_a_broken_list_is_one_bad_recording_and_the_others_are_found(folder, tmp_path):
     (tmp_path / "broken.manifest").write_bytes(b"ARROW1" + b"x" * 100)
     (tmp_path / "empty").mkdir()
-    found = list(find([tmp_path / "broken.manifest", tmp_path / "empty", folder / "dog/a.wav"]))
-    assert [bool(source.bad) for source in found] == [True, True, False]
+    found = list(find([tmp_path / "broken.manifest", tmp_path / "empty", folder / "dog/a.wav", ""]))
+    assert [bool(source.bad) for source in found] == [True, True, False, True]
     assert "no audio file found" in found[1].bad and str(tmp_path) not in found[1].bad
 
 
