@@ -172,3 +172,15 @@ def test_quick_teach(tmp_path):
     assert all(value > 0 for value in (*result["median_s"].values(), result["read_microseconds_per_clip"]))
     assert set(result["loss_error"]) == {"teacher_label", "regression"}
     assert "# Stored answers" in (tmp_path / "teach.md").read_text()
+
+
+def test_intervals_are_held_against_the_truth(tmp_path):
+    options = ["--sets", "2", "--resamples", "20", "--kinds", "1", "--out", str(tmp_path)]
+    command = [sys.executable, str(BENCHMARKS / "intervals.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "intervals.json").read_text())["rows"]
+    # Eight clips a class: mAP is too high.
+    assert row["clips"] == 80 and 0.4 < row["truth"]["mAP"] < row["mean_found"]["mAP"]
+    assert all(row[kind]["mAP"] in (0.0, 0.5, 1.0) for kind in ("ours", "percentile"))
+    assert "| 80 | 10 | mAP |" in (tmp_path / "intervals.md").read_text()

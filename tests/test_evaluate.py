@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 import soundfile
 import torch
+from sklearn.metrics import average_precision_score
 
 import fastsskd_kernels as kernels
 from fastsskd import cli, distributed, evaluate, layouts, manifest, score_file
@@ -256,3 +257,18 @@ def test_crops_are_the_same_on_any_number_of_ranks(training, noises, checkpoints
     with np.load(tmp_path / "s.npz") as found:
         assert found["key"].tolist() == one.key.tolist()
         np.testing.assert_allclose(found["probs"], one.probs, atol=1e-6)
+
+
+def test_a_multi_label_set_is_rated_by_sigmoids(noises, tmp_path, make_model):
+    clips = manifest.load(noises)
+    labels = pa.array([[0], [0, 1], [1], [1, 2], [2], []])
+    paths = [str(clips.path(i)) for i in range(6)]
+    several = from_columns(paths, root="/", labels=labels, classes=CLASSES, multi_label=True)
+    info = dataclasses.replace(INFO, multi_label=True)
+    save_model(tmp_path / "m.safetensors", make_model(num_classes=3).state_dict(), info)
+    rated = evaluate.rate([tmp_path / "m.safetensors"], several, resamples=20)
+    assert (rated.metrics["accuracy"], rated.metrics["confused"], rated.metrics["interval"]["accuracy"]) == (None,) * 3
+    assert rated.clips.label.tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [0, 0, 0]]
+    assert not np.allclose(rated.clips.probs.sum(axis=1), 1.0)
+    assert rated.metrics["mAP"] == pytest.approx(average_precision_score(rated.clips.label, rated.clips.probs))
+    assert "mAP" in table(rated.metrics) and "taken for another" not in table(rated.metrics)
