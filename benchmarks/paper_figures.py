@@ -59,9 +59,7 @@ def draw_figure5(clips: Manifest, args: argparse.Namespace) -> dict:
         (axes[1], grid.std(dim=0), "standard deviation of x over the clips"),
     ):
         image = axis.imshow(values.T.numpy(), origin="lower", aspect="auto", cmap="magma")
-        axis.set(
-            title=title, xlabel="patch in time", ylabel="patch in frequency"
-        )
+        axis.set(title=title, xlabel="patch in time", ylabel="patch in frequency")
         figure.colorbar(image, ax=axis, pad=0.01)
     axes[2].hist(distance.numpy(), bins=80, range=(-4, 4), density=True, color="0.7", label="patches")
     place = np.linspace(-4, 4, 200)
