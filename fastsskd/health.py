@@ -31,8 +31,9 @@ NAMES = (
 
 VIEWS = ("intra", "inter")
 COLLAPSED_RANK, COLLAPSED_SPREAD = 1.5, 0.01
-PATIENCE = 100
-"""Optimizer steps after the warm-up before "has not learned" is said."""
+PATIENCE, LONG_PATIENCE = 200, 1000
+"""Optimizer steps after the warm-up before it is said that nothing was learned, and nothing but the mean spectrum: a
+model that learns passes below both, and small sets and rates take their time."""
 
 
 def contrast_accuracy(logits: Tensor, own: Tensor) -> Tensor:
@@ -159,7 +160,7 @@ def problems(line: dict[str, Any], warmup_steps: int) -> dict[str, str]:
                 f"reconstruction of the {view} view no better than each clip's mean after {step} steps "
                 f"({100 * explained:.0f} % of the variance explained)"
             )
-        elif explained is not None and explained <= positions:
+        elif explained is not None and explained <= positions and step >= warmup_steps + LONG_PATIENCE:
             found[f"explained_{view}"] = (
                 f"reconstruction of the {view} view no better than the mean spectrum after {step} steps "
                 f"({100 * explained:.0f} % of the variance explained, {100 * positions:.0f} % by positions alone)"

@@ -225,7 +225,7 @@ def test_two_ranks_see_the_health_of_one(tmp_path):
 # ----------------------------------------------------------------------------------------------------- plain words
 
 WELL = {
-    "step": 500,
+    "step": 2000,
     "effective_rank": 12.0,
     "rank_limit": 23.0,
     "feature_spread": 0.4,
@@ -240,9 +240,9 @@ WELL = {
 ILL = {
     "effective rank 1.2 of 23": {"effective_rank": 1.2},
     "all clips get the same ones but for 0.2 %": {"feature_spread": 0.002},
-    "inter view no better than each clip's mean after 500 steps (-1 % of": {"explained_inter": -0.01},
-    "intra view no better than the mean spectrum after 500 steps (10 % of": {"explained_intra": 0.1},
-    "contrast of the inter view at chance after 500 steps: 5 % of the clips": {"contrast_accuracy_inter": 0.05},
+    "inter view no better than each clip's mean after 2000 steps (-1 % of": {"explained_inter": -0.01},
+    "intra view no better than the mean spectrum after 2000 steps (10 % of": {"explained_intra": 0.1},
+    "contrast of the inter view at chance after 2000 steps: 5 % of the clips": {"contrast_accuracy_inter": 0.05},
 }
 
 
@@ -258,9 +258,12 @@ def test_each_illness_is_named(words):
 
 
 def test_nothing_is_expected_of_the_first_steps_but_that_features_differ():
-    untrained = {**WELL, "explained_inter": -0.3, "contrast_accuracy_intra": 0.04, "step": 119}
+    untrained = {**WELL, "explained_inter": -0.3, "contrast_accuracy_intra": 0.04, "step": 219}
     assert health.problems(untrained, 20) == {}
-    assert len(health.problems({**untrained, "step": 120}, 20)) == 2
+    assert len(health.problems({**untrained, "step": 220}, 20)) == 2
+    spectrum = {**WELL, "explained_inter": 0.1, "step": 1019}
+    assert health.problems(spectrum, 20) == {}
+    assert len(health.problems({**spectrum, "step": 1020}, 20)) == 1
     assert "collapse" in health.problems({**untrained, "effective_rank": 1.0}, 20)
 
 
