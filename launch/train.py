@@ -33,7 +33,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="TOML: everything else; presets are in launch/configs/")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="change one field of the TOML")
     parser.add_argument("--resume", action="store_true", help="continue the run in run.out")
-    parser.add_argument("--print-config", action="store_true", help="print the TOML with all its fields, and stop")
+    parser.add_argument(
+        "--print-config", "--print_config", action="store_true", help="print the TOML with all its fields, and stop"
+    )
     parser.add_argument("--local_rank", type=int, default=None, help="given by launchers; the environment decides")
     args = parser.parse_args(arguments)
     if not args.ds_config and not args.print_config:

@@ -81,6 +81,13 @@ def test_batches_and_threads_change_nothing(clips, checkpoint, batch_size, worke
     np.testing.assert_allclose(rows(one), rows(other), atol=1e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_hears_what_a_cpu_hears(clips, checkpoint):
+    found = [heard(Loaded([checkpoint], device), find([clips]), device=device) for device in ("cpu", "cuda")]
+    np.testing.assert_allclose(rows(found[1]), rows(found[0]), atol=2e-3)
+
+
 def test_a_batch_is_never_larger_than_asked_for(clips, checkpoint):
     loaded, sizes = Loaded([checkpoint]), []
 

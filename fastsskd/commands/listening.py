@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser, several: str) -> None:
         help="hear long recordings whole, in windows this many seconds apart (with --window alone: a window); "
         "otherwise their first window is heard, as in evaluation",
     )
-    parser.add_argument("--batch_size", type=positive, default=32, help="windows (default %(default)s)")
+    parser.add_argument("--batch_size", "--batch-size", type=positive, default=32, help="windows (default %(default)s)")
     parser.add_argument("--device", default=None, help="cpu or cuda; default: cuda if there is one")
     parser.add_argument("--workers", type=positive, default=None, help="threads that read; default: all cores")
     parser.add_argument("--quiet", action="store_true", help="no progress and no speed; bad files are still named")

@@ -28,7 +28,9 @@ def add(commands: Any) -> None:
         commands, "predict", run, "the likeliest classes of recordings, and events in long ones", EXAMPLES
     )
     listening.add_arguments(predict, "model file or its folder; several = mean of probabilities")
-    predict.add_argument("--top_k", type=positive, default=5, metavar="N", help="classes (default %(default)s)")
+    predict.add_argument(
+        "--top_k", "--top-k", type=positive, default=5, metavar="N", help="classes (default %(default)s)"
+    )
     predict.add_argument(
         "--threshold",
         type=share,
