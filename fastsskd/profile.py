@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import statistics
 import time
@@ -22,6 +23,8 @@ from fastsskd.profile_verdict import Advice, Found, RankFound, StageCost, Verdic
 
 SHARES = {"runs": 0.45, "stages": 0.14, "threads": 0.09, "formats": 0.06, "disk": 0.08, "step": 0.10, "sent": 0.08}
 """Of the time there is."""
+ENOUGH_CLIPS = 500
+"""Fewer do not tell whether memory grows."""
 
 
 @dataclass
@@ -148,6 +151,7 @@ def _rank(job: Job, traces: dict[str, Trace], sent: profile_step.Alone | None) -
     whole = traces["end_to_end"]
     waited = [wait for _, wait, _ in whole.steps]
     clips, memory = zip(*whole.memory, strict=True) if whole.memory else ((0,), (0,))
+    later = len(clips) // 3  # the first batches fill memory that is then used again
     cached = traces["cached"].rate()
     own = job.sizes.micro * job.sizes.accumulation
     return RankFound(
@@ -160,7 +164,7 @@ def _rank(job: Job, traces: dict[str, Trace], sent: profile_step.Alone | None) -
         step=sent.together.value if sent else own / cached.value,
         alone=sent.alone.value if sent else None,
         memory=float(memory[-1]),
-        growth=slope(clips, memory),
+        growth=slope(clips[later:], memory[later:]) if clips[-1] - clips[later] >= ENOUGH_CLIPS else math.nan,
     )
 
 

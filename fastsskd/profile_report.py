@@ -113,8 +113,9 @@ def machine_lines(result: Profile) -> list[str]:
     elif disk is not None:
         lines.append(f"disk: these files cannot be dropped from memory; {disk.memory / 1e9:.2f} GB/s from there")
     largest = max(found.ranks, key=lambda rank: rank.memory)
-    growth = 1e3 * largest.growth / 1e6
-    lines.append(f"memory: {largest.memory / 1e9:.2f} GB a rank, {growth:+.2f} MB per 1000 clips")
+    known = math.isfinite(largest.growth)
+    growth = f"{1e-3 * largest.growth:+.2f} MB per 1000 clips" if known else "too few clips to tell whether it grows"
+    lines.append(f"memory: {largest.memory / 1e9:.2f} GB a rank, {growth}")
     left = f"bad clips: {len(result.skipped)} left out"
     if result.skipped:
         key, reason = next(iter(result.skipped.items()))

@@ -29,7 +29,7 @@ from fastsskd.profile_stats import Interval, median_interval
 
 WINDOW = 0.15
 """Seconds over which speed is counted at least: a loader gives its batches in bursts."""
-LEAST = 4  # steps of a run that count, however long they take
+LEAST = 4  # steps of a run that count, or windows and one, however long they take
 CACHED = 4  # batches of real clips that are trained on again and again
 
 
@@ -54,8 +54,11 @@ class Trace:
         return median_interval([clips / seconds for clips, seconds in self.windows])
 
     def append(self, other: Trace) -> None:
-        for column in dataclasses.fields(Trace):
-            getattr(self, column.name).extend(getattr(other, column.name))
+        """Another round."""
+        before = self.memory[-1][0] if self.memory else 0
+        self.memory += [(before + clips, used) for clips, used in other.memory]
+        for name in ("windows", "steps", "first"):
+            getattr(self, name).extend(getattr(other, name))
 
 
 class Source:
@@ -162,7 +165,7 @@ def load(batches: Loader, device: torch.device, seconds: float) -> Trace:
         elif now - window >= WINDOW:
             trace.windows.append((source.clips - clips, now - window))
             window, clips = now, source.clips
-        if now > end and trace.windows:
+        if now > end and len(trace.windows) >= LEAST - 1:
             break
     trace.first.append(source.first)
     return trace

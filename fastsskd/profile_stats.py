@@ -31,7 +31,7 @@ class Interval:
 def median_interval(values: Sequence[float]) -> Interval:
     """The median and its interval between two order statistics; nothing is taken for granted of the distribution.
 
-    Of fewer than six values, which cannot give 95 %, the interval is all they span.
+    Of fewer than six values, which cannot give 95 %, the interval is all they span: 94 % for five, 75 % for three.
     """
     if not values:
         return Interval(math.nan, math.nan, math.nan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -193,12 +194,13 @@ def save_trace(job: Job, batches: Any, path: Path | None, steps: int = 6) -> Non
     """
     from torch.profiler import ProfilerActivity, profile
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # without a GPU it would complain that there is none
     on_gpu = job.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     batches = iter(batches)
     for _ in range(2):
         next(batches)
-    with profile(activities=activities, record_shapes=False) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:
         for _ in range(steps):
             with _named("data", on_gpu):
                 batch = next(batches)

@@ -33,8 +33,7 @@ class RankFound:
         waits: of its steps, end to end.
         first: seconds until its first batch.
         step: seconds of a step on a cached batch; alone: the same if no rank waits for another (None with one rank).
-        memory: bytes; growth: bytes a clip, end to end.
-        share: this rank's time end to end that went to data.
+        memory: bytes; growth: bytes a clip, end to end; NaN = too few clips to tell.
     """
 
     synthetic: Interval
@@ -169,12 +168,13 @@ def verdict(found: Found) -> Verdict:
 
 def slow_rank(found: Found) -> tuple[int, str, float] | None:
     """The rank that holds the others up, with what, and how many times as long it takes."""
-    alone = [rank.alone for rank in found.ranks]
+    alone, loaders = [rank.alone for rank in found.ranks], [rank.loader for rank in found.ranks]
     candidates = []
     if len(alone) > 1 and None not in alone:
         candidates.append(("its step takes", alone))
-    if len(found.ranks) > 1:
-        candidates.append(("its loader takes", [1.0 / max(rank.loader.value, 1e-9) for rank in found.ranks]))
+    slowest = min(loaders, key=lambda rate: rate.value)
+    if len(loaders) > 1 and all(one is slowest or one.low > slowest.high for one in loaders):
+        candidates.append(("its loader takes", [1.0 / max(rate.value, 1e-9) for rate in loaders]))
     for what, seconds in candidates:
         worst = max(range(len(seconds)), key=lambda r: seconds[r])
         others = sorted(value for r, value in enumerate(seconds) if r != worst)

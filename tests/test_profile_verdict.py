@@ -227,3 +227,9 @@ def test_what_a_stage_adds():
     assert added["crop"] == (0.0, 0.0)  # noise is no gain
     assert added["fbank"] == pytest.approx((1e-3, 1e-3))
     assert sum(seconds for seconds, _ in added.values()) == pytest.approx(2 / 400)
+
+
+def test_a_rank_is_not_slow_within_what_is_uncertain():
+    wide = [replace(make_rank(1000, rate), loader=around(rate, 0.4)) for rate in (3000, 2000)]
+    assert v.slow_rank(make(wide)) is None
+    assert v.slow_rank(make([make_rank(1000, 3000), make_rank(1000, 2000)])) is not None
