@@ -1,6 +1,9 @@
 """Reference curves: small tables that say what a run's metrics said, and how another run differs."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from test_report import line, make_run, shown, ssl_line
@@ -73,6 +76,17 @@ def test_damaged_references_are_errors_of_one_line(tmp_path, capsys):
     assert cli.main(["report", str(run), "--reference", str(saved)]) == 1
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 3 and "makes one" in err[0] and "many" in err[1] and "without an epoch" in err[2]
+
+
+def test_the_script_keeps_a_run_s_curves_and_draws_them(tmp_path):
+    run = make_run(tmp_path / "run")
+    command = [sys.executable, str(Path(__file__).parents[1] / "benchmarks/reference.py"), str(run)]
+    done = subprocess.run([*command, "--out", str(tmp_path / "kept")], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    names = {file.name for file in (tmp_path / "kept").iterdir()}
+    assert names == {"reference.json", "iter1-ssl.csv", "iter1-distill.csv", "losses.png"}
+    assert all(name in done.stdout for name in names)
+    assert reference.differences(reference.load(tmp_path / "kept"), read_run(run)) == []
 
 
 def test_few_lines_stay_as_they_are():
