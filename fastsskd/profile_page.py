@@ -156,7 +156,7 @@ def timeline(result: Profile, axis: Any) -> None:
     axis.bar(place, rest - sent, 1.0, bottom=wait, color=COMPUTE, label="computing")
     if sent.any():
         axis.bar(place, sent, 1.0, bottom=wait + rest - sent, color=SENT, label="communication (mean)")
-    axis.set(xlabel=f"the last {len(steps)} steps end to end", ylabel="ms")
+    axis.set(xlabel=f"the last {len(steps)} steps end to end", ylabel="ms", xticks=[])
     axis.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3)
 
 
@@ -173,6 +173,7 @@ def readiness(result: Profile, axis: Any) -> None:
         100 * np.array(shares), aspect="auto", vmin=0, vmax=100, cmap="RdYlGn", extent=(0, 100, -0.5, len(shares) - 0.5)
     )
     axis.set(xlabel="% of the steps end to end", ylabel="rank", yticks=range(len(shares)))
+    axis.figure.set_figheight(min(1.4 + 0.2 * len(shares), 5.0))
     axis.figure.colorbar(image, ax=axis, label="% ready", pad=0.01)
 
 

@@ -12,16 +12,16 @@ from typing import Any
 from fastsskd.commands.arguments import command
 from fastsskd.errors import InputError, UsageError
 
-EPILOG = """examples:
-  fastsskd profile --config launch/configs/esc50.toml --ds_config launch/ds_config.json --manifest my.manifest
-  torchrun --nproc_per_node 8 -m fastsskd.cli profile --config T --ds_config J --html profile.html
-  deepspeed --no_local_rank --module fastsskd.cli profile --config T --ds_config J
+EXAMPLES = """
+fastsskd profile --config launch/configs/esc50.toml --ds_config launch/ds_config.json --manifest my.manifest
+torchrun --nproc_per_node 8 -m fastsskd.cli profile --config T --ds_config J --html profile.html
+deepspeed --no_local_rank --module fastsskd.cli profile --config T --ds_config J
 """
 
 
 def add(commands: Any) -> None:
-    profile = command(commands, "profile", run, "what holds training up: loader, step or network; what would help")
-    profile.formatter_class, profile.epilog = argparse.RawDescriptionHelpFormatter, EPILOG
+    says = "what holds training up: loader, step or network; what would help"
+    profile = command(commands, "profile", run, says, EXAMPLES)
     profile.add_argument("--config", required=True, metavar="T", help="TOML of the run; presets are in launch/configs/")
     profile.add_argument("--ds_config", required=True, metavar="J", help="DeepSpeed JSON of the run")
     profile.add_argument("--set", action="append", default=[], metavar="a.b=c", help="change one field of the TOML")
