@@ -10,6 +10,7 @@ from small_checkpoint import CLASSES, save_checkpoint, save_sound
 
 from fastsskd import cli
 from fastsskd.audio_info import BadClip
+from fastsskd.commands import listening
 from fastsskd.listen import Heard
 from fastsskd.predict import Choice, predict
 from fastsskd.sources import Samples
@@ -186,3 +187,11 @@ def test_wrong_use_is_one_line(capsys, checkpoint, tmp_path, arguments, code, wo
     filled = [argument.format(model=checkpoint, ssl=ssl) for argument in arguments]
     found, out, err = run(capsys, *filled)
     assert found == code and out == "" and len(err.splitlines()) == 1 and words in err
+
+
+@pytest.mark.parametrize("most", [2, 3, 4])
+def test_recordings_that_are_not_counted_are_heard_all_the_same(capsys, monkeypatch, checkpoint, clips, most):
+    monkeypatch.setattr(listening, "MOST_COUNTED", most)
+    names = [clips / "a.wav", clips / "b.ogg", clips / "long.flac"]
+    code, out, _ = run(capsys, "--checkpoint", checkpoint, *names)
+    assert code == 0 and [line.split("\t")[0] for line in out.splitlines()] == [str(name) for name in names]

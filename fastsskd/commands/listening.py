@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 MODEL_FILE = "model.safetensors"  # fastsskd.weights has it too, but brings torch with it
 EVERY = 2.0
 """Seconds between two lines of progress."""
+MOST_COUNTED = 100_000
+"""Recordings that are listed before the first is heard, so that the time left is known."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, several: str) -> None:
@@ -96,13 +99,14 @@ def load(args: argparse.Namespace) -> Loaded:
 
 
 def sources(args: argparse.Namespace) -> tuple[Iterable[Source], int | None]:
-    """The recordings, and how many; None where stdin will tell."""
+    """The recordings, and how many; None where stdin will tell, or where they are too many to be held as a list."""
     from fastsskd.sources import STDIN, find
 
+    found = find(args.files)
     if STDIN in args.files:
-        return find(args.files), None
-    found = list(find(args.files))
-    return found, len(found)
+        return found, None
+    first = list(itertools.islice(found, MOST_COUNTED))
+    return itertools.chain(first, found), len(first) if len(first) < MOST_COUNTED else None
 
 
 class Account:
