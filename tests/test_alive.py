@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastsskd.alive import Launcher, Watchdog
+from fastsskd.alive import LAUNCHER_PID, Launcher, Watchdog
 
 ROOT = Path(__file__).parents[1]
 RANK = """
@@ -80,6 +80,13 @@ def test_a_shell_or_a_script_may_end(launched):
 
 def test_without_a_launcher_nothing_is_ever_gone():
     assert not Launcher().gone()
+
+
+@pytest.mark.parametrize(("pid", "gone"), [(os.getppid(), False), (2**22 + 1, True)])
+def test_another_parent_may_say_that_it_is_the_launcher(monkeypatch, pid, gone):
+    """One that has ended before this process looked is missed too."""
+    monkeypatch.setenv(LAUNCHER_PID, str(pid))
+    assert Launcher().gone() == gone
 
 
 def test_no_beat_means_giving_up_once(monkeypatch):
