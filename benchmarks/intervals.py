@@ -101,12 +101,15 @@ def main() -> None:
     parser.add_argument("--sets", type=int, default=300, help="of each kind")
     parser.add_argument("--resamples", type=int, default=400)
     parser.add_argument("--kinds", type=int, default=len(KINDS), help="only the first so many")
+    parser.add_argument("--smoke", action="store_true", help="two sets of one kind: only to see that it runs")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if args.smoke:
+        args.sets, args.resamples, args.kinds = 2, 20, 1
     versions = {name: version(name) for name in ("numpy", "scipy", "scikit-learn")}
     about = common.machine(versions, "python benchmarks/intervals.py")
     rows = [coverage(*kind, args.sets, args.resamples) for kind in KINDS[: args.kinds]]
-    results = {"about": about, "sets": args.sets, "resamples": args.resamples, "rows": rows}
+    results = {"machine": about, "sets": args.sets, "resamples": args.resamples, "rows": rows}
     common.write(args.out, "intervals", results, page(about, rows, args.sets, args.resamples))
 
 

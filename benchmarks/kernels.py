@@ -309,8 +309,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--patience", type=float, default=300, help="seconds to wait, in all, for an idle machine")
+    parser.add_argument("--smoke", action="store_true", help="one round: only to see that it runs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for kernels.json and kernels.md")
     options = parser.parse_args()
+    if options.smoke:
+        options.rounds, options.patience = 1, 0.0
     torch.set_num_threads(1)
     timer = Timer(options.rounds, options.patience)
     clips = torch.randn(peers.DALI_BATCH, SAMPLES, generator=torch.Generator().manual_seed(0)) * 0.1

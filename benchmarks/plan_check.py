@@ -131,8 +131,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", nargs="+", metavar="SIZE:BATCH:EPOCHS", help="default: nano and micro, 24 and 48")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds to wait in all for an idle machine")
+    parser.add_argument("--smoke", action="store_true", help="one small case, once: only to see that it runs")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.smoke:
+        options.rounds, options.patience, options.cases = 1, 0.0, ["nano:24:1"]
     given = [case.split(":") for case in options.cases or ()]
     options.cases = [(size, int(batch), int(epochs)) for size, batch, epochs in given] or CASES
     options.watch = common.IdleWatch(options.patience)

@@ -22,43 +22,19 @@ import numpy as np
 import pyarrow as pa
 import soundfile
 import torch
-from timm.models.vision_transformer import Block
+from step_models import CLASSES, SECONDS, save_ast, student
 from train_step import DEVICE, GPU, Setting, one_step, seconds_of
 
 from fastsskd import distributed, stored_scores
 from fastsskd.batch import Batch
 from fastsskd.clip_columns import from_columns
-from fastsskd.config import AugmentConfig, DataConfig, DistillConfig
-from fastsskd.distill import Distill
 from fastsskd.loader import Loader
 from fastsskd.manifest import Manifest
-from fastsskd.model import build_model
 from fastsskd.stored_answers import StoredAnswers
 from fastsskd.teach import Options, teach
 from fastsskd.teachers import Teacher, load_teacher
-from fastsskd_kernels import num_frames
 
 RESULTS = Path(__file__).parent / "results"
-CLASSES = tuple(f"sound {number}" for number in range(527))
-SECONDS = 10.0
-
-
-def save_teacher(folder: Path, depth: int, width: int) -> dict[str, str]:
-    """A checkpoint in AST's original layout, and the list of its classes; the two options that name them."""
-    torch.manual_seed(0)
-    draw = {"cls_token": (1, 1, width), "dist_token": (1, 1, width), "pos_embed": (1, 1214, width)}
-    draw |= {"patch_embed.proj.weight": (width, 1, 16, 16), "patch_embed.proj.bias": (width,)}
-    weights = {f"v.{name}": 0.05 * torch.randn(shape) for name, shape in draw.items()}
-    for i in range(depth):
-        block = Block(width, width // 64, qkv_bias=True)
-        weights |= {f"v.blocks.{i}.{name}": value for name, value in block.state_dict().items()}
-    for name in ("v.norm", "mlp_head.0"):
-        weights |= {f"{name}.weight": torch.ones(width), f"{name}.bias": torch.zeros(width)}
-    weights |= {"mlp_head.1.weight": 0.1 * torch.randn(527, width), "mlp_head.1.bias": -3.0 + torch.randn(527)}
-    torch.save({f"module.{name}": value for name, value in weights.items()}, folder / "audioset_10_10.pth")
-    rows = "".join(f"{number},/m/{number},{name}\n" for number, name in enumerate(CLASSES))
-    (folder / "classes.csv").write_text(f"index,mid,display_name\n{rows}", encoding="utf-8")
-    return {"path": str(folder / "audioset_10_10.pth"), "classes": str(folder / "classes.csv")}
 
 
 def save_clips(folder: Path, number: int) -> Manifest:
@@ -70,21 +46,6 @@ def save_clips(folder: Path, number: int) -> Manifest:
     labels = pa.array([sorted(random.choice(527, 2, replace=False).tolist()) for _ in range(number)])
     names = [f"{i}.wav" for i in range(number)]
     return from_columns(names, root=folder, labels=labels.cast(pa.list_(pa.int16())), classes=CLASSES, multi_label=True)
-
-
-def student(size: str, teacher: Teacher | StoredAnswers | None) -> Distill:
-    model = build_model(size, len(CLASSES), seconds=SECONDS)
-    torch.manual_seed(0)  # the map that joins features of two widths is the same in all
-    return Distill(
-        model,
-        classes=CLASSES,
-        multi_label=True,
-        distill=DistillConfig(),
-        augmentation=AugmentConfig(),
-        data=DataConfig(),
-        num_frames=num_frames(round(SECONDS * 16_000)),
-        teacher=teacher,
-    )
 
 
 def first_batch(clips: Manifest, answers: StoredAnswers, size: int) -> Batch:
@@ -110,7 +71,7 @@ def compare(batch: Batch, kinds: dict[str, Teacher | StoredAnswers | None]) -> d
 
 def measure(args: argparse.Namespace, folder: Path) -> dict:
     watch = common.IdleWatch(args.patience)
-    named, clips = save_teacher(folder, *args.teacher), save_clips(folder, args.batch)
+    named, clips = save_ast(folder, *args.teacher), save_clips(folder, args.batch)
     options = Options((named["path"],), seconds=SECONDS, teacher_classes=named["classes"], precision=args.precision)
     about = common.machine({name: version(name) for name in ("torch", "deepspeed", "timm")}, args.command)
     watch.wait()
@@ -204,14 +165,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", choices=("bf16", "fp16"), default="bf16")
-    parser.add_argument("--quick", action="store_true", help="a teacher of one narrow block: only to see that it runs")
+    parser.add_argument("--smoke", action="store_true", help="a teacher of one narrow block: only to see that it runs")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds to wait in all for an idle machine")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    args.fp16, args.teacher = args.precision == "fp16", (1, 64) if args.quick else (12, 768)
+    args.fp16, args.teacher = args.precision == "fp16", (1, 64) if args.smoke else (12, 768)
     args.command = (
         f"python benchmarks/teach.py --student {args.student} --batch {args.batch} --rounds {args.rounds} "
-        f"--precision {args.precision}" + (" --quick" if args.quick else "")
+        f"--precision {args.precision}" + (" --smoke" if args.smoke else "")
     )
     distributed.start(DEVICE.type)
     with tempfile.TemporaryDirectory() as folder:

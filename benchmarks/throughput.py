@@ -1,7 +1,7 @@
 """How many clips a second of ready batches does each loader give on the same files, and what do they cost in CPU time?
 
     python benchmarks/throughput.py --peers_python PEERS/bin/python    # everything, one and a half hours
-    python benchmarks/throughput.py --quick                           # does it still run: minutes, nothing to quote
+    python benchmarks/throughput.py --smoke                           # does it still run: minutes, nothing to quote
     python -m venv PEERS && PEERS/bin/pip install -r benchmarks/peers.txt     # the others' loaders; some need FFmpeg
 
 A batch is 32 clips' Kaldi fbank of 10 s, 128 bins, padded to 1024 frames and normalised; ours makes HOG as well, so the
@@ -139,7 +139,7 @@ class Bench:
                 self.failures[row] = found[label(row)] = absent[row.candidate]
                 continue
             reference = None if row.candidate.kind == "baseline" else self.data["reference"]
-            result = self.sample(row, reference=reference, window_s=self.options.window if self.options.quick else 0)
+            result = self.sample(row, reference=reference, window_s=self.options.window if self.options.smoke else 0)
             why = result.get("failed") or wrong(row, result.get("check"))
             if why:
                 if row.candidate.kind != "peer":
@@ -147,7 +147,7 @@ class Bench:
                 self.failures[row] = why
                 if why.endswith("is not installed"):
                     absent[row.candidate] = why
-            elif self.options.quick:
+            elif self.options.smoke:
                 self.samples[row] = [result]
             found[label(row)] = result.get("check") or why or "baseline: no features"
             say(f"checked {label(row)}: {found[label(row)]}")
@@ -262,7 +262,7 @@ def command(options: argparse.Namespace) -> str:
     ]
     parts += ["--audio DIR"] if options.audio else []
     parts += ["--peers_python PEERS/bin/python"] if options.peers_python != sys.executable else []
-    parts += ["--quick"] if options.quick else []
+    parts += ["--smoke"] if options.smoke else []
     parts += [f"--only {' '.join(options.only)}"] if options.only else []
     return " ".join(["python benchmarks/throughput.py", *parts])
 
@@ -281,12 +281,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peers_python", default=sys.executable, help="interpreter that has what peers.txt lists")
     parser.add_argument("--patience", type=float, default=600, help="seconds to wait, in all, for an idle machine")
     parser.add_argument("--work", type=Path, help="folder on a disk for temporary files (12 GB); default: the system's")
-    parser.add_argument("--quick", action="store_true", help="each once and briefly, the others on one source")
+    parser.add_argument("--smoke", action="store_true", help="each once and briefly, the others on one source")
     parser.add_argument("--out", type=Path, help=f"folder for throughput.json, .md and .png; default: {RESULTS.name}/")
     options = parser.parse_args()
     options.audio = None if options.generate else options.audio
-    options.out = options.out or (None if options.quick else RESULTS)
-    if options.quick:
+    options.out = options.out or (None if options.smoke else RESULTS)
+    if options.smoke:
         options.rounds, options.window, options.patience = 1, min(options.window, 0.5), 0
         options.clips = min(options.clips, 64)
         options.big_gb, options.rows = min(options.big_gb, 0.02), min(options.rows, 20_000)
@@ -299,19 +299,19 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
     bench = Bench(options, data)
     chosen = [c for c in CANDIDATES if not options.only or c.name in options.only]
     rows = [Row(candidate, source, WORKERS) for candidate in chosen for source in candidate.sources]
-    if options.quick:
+    if options.smoke:
         rows = [row for row in rows if row.candidate.kind == "ours" or row.source == row.candidate.sources[0]]
     results = {"machine": common.machine(versions(options.peers_python), command(options)), "data": data["about"]}
     results |= {"checks": bench.check(rows), "cold": None, "large_manifest": None}
     ours = Row(CANDIDATES[0], "packed", WORKERS)
-    if not options.quick:
+    if not options.smoke:
         bench.time(rows, options.rounds)
         write(options, results, bench)
     if options.big_gb:
         results["cold"] = throughput_big.cold(bench, ours, folder / "big")
     if options.rows:
         results["large_manifest"] = throughput_big.large_manifest(bench, ours)
-    if not options.quick:
+    if not options.smoke:
         write(options, results, bench)
         bench.time(more_workers(bench), min(options.rounds, 3))
     write(options, results, bench)

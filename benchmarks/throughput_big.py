@@ -26,7 +26,7 @@ def cold(bench, ours, folder: Path) -> dict:
     limits = {"window_s": bench.options.window, "warm_s": 0, "most_clips": len(extents) - 10 * 32}
     found = {"gigabytes": round(sum(os.path.getsize(shard) for shard in shards) / 1e9, 2), "clips": len(extents)}
     rounds = {"cold": [], "warm": [], "sequential": [], "random": []}
-    for _ in range(1 if bench.options.quick else COLD_ROUNDS):
+    for _ in range(1 if bench.options.smoke else COLD_ROUNDS):
         found["resident_before_cold"] = round(drop(shards), 3)
         rounds["cold"].append(rate(bench.sample(ours, source, **limits)))
         drop(shards)

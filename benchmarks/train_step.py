@@ -7,33 +7,36 @@ The literal pseudo code: three eager float32 passes of the AFT, all with gradien
 tokens too. Ours: the step that training runs, through DeepSpeed. Then ours again with one lever at a time taken back or
 tried and not taken. Rows are timed in turn, round after round; a cell is the median. Model FLOPs are counted by
 ``fastsskd.flops`` (tests/test_flops.py holds that against torch's own count) and divided by the rate of large matrix
-products measured in the same run: that is the utilisation. Results go to ``benchmarks/results/train_step.{json,md}``.
+products measured in the same run: that is the utilisation. The labelled step follows, alone and under AST and BEATs of
+their published sizes: what share of it is the teacher's. Results go to ``benchmarks/results/train_step.{json,md}``.
 """
 
 import argparse
 import gc
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import unittest.mock
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import common
 import deepspeed
-import timm.models.vision_transformer as vit
 import torch
+from step_models import CLASSES, beats, save_ast, student
 from torch import Tensor, nn
 
 import fastsskd_kernels as kernels
 from fastsskd import distributed, flops
 from fastsskd.batch import Batch
 from fastsskd.config import LossConfig, MaskConfig, OptimConfig, StageConfig
-from fastsskd.model import build_model
+from fastsskd.model import build_model, fused_attention
 from fastsskd.patches import num_input_frames
 from fastsskd.pretrain import Pretrain
 from fastsskd.schedule import build_optimizer
+from fastsskd.teachers import load_teacher
 from fastsskd.views import Views
 
 RESULTS = Path(__file__).parent / "results"
@@ -103,20 +106,16 @@ class Plain:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-@contextmanager
-def eager_attention() -> Iterator[None]:
-    """timm's blocks without fused attention."""
-    before = vit.use_fused_attn
-    import timm.layers.attention as attention
+class ForcedAttention(nn.Module):
+    """A module whose blocks have fused attention, or plain matrix products, whatever is faster here."""
 
-    sites = [module for module in (vit, attention) if hasattr(module, "use_fused_attn")]
-    for module in sites:
-        module.use_fused_attn = lambda *_: 0
-    try:
-        yield
-    finally:
-        for module in sites:
-            module.use_fused_attn = before
+    def __init__(self, module: nn.Module, fused: bool):
+        super().__init__()
+        self.module, self.fused = module, fused
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict]:
+        with unittest.mock.patch("fastsskd.model.fused_attention", lambda device, dtype: self.fused):
+            return self.module(batch)
 
 
 class Setting:
@@ -151,12 +150,10 @@ class Setting:
         """Name -> what makes the engine; first the two that the requirement is about."""
 
         def literal() -> object:
-            with eager_attention():
-                return Plain(self.module(Literal, raw_gradient=True))
+            return Plain(ForcedAttention(self.module(Literal, raw_gradient=True), fused=False))
 
-        def eager() -> object:
-            with eager_attention():
-                return self.engine(self.module())
+        def other_attention() -> object:
+            return self.engine(ForcedAttention(self.module(), fused=not fused))
 
         def compiled() -> object:
             module = self.module()
@@ -164,13 +161,14 @@ class Setting:
                 module.model.blocks[i] = torch.compile(block)
             return self.engine(module)
 
+        fused = fused_attention(DEVICE, torch.bfloat16 if self.precision == "bf16" else torch.float16)
         rows = {
             "literal pseudo code, float32": literal,
             "ours": lambda: self.engine(self.module()),
             "raw view with gradient": lambda: self.engine(self.module(raw_gradient=True)),
             "masked views in two passes": lambda: self.engine(self.module(ThreePasses)),
             "MAE module on all tokens": lambda: self.engine(self.module(MaskedTokensToo)),
-            "attention not fused": eager,
+            "attention not fused" if fused else "fused attention": other_attention,
             "float32": lambda: self.engine(self.module(), precision="fp32"),
             "activation checkpointing": lambda: self.engine(self.module(checkpointing=True)),
             "+ torch.compile of the blocks": compiled,
@@ -179,13 +177,28 @@ class Setting:
         return rows if self.args.levers else dict(list(rows.items())[:2])
 
 
+def labelled_rows(setting: Setting, folder: Path) -> dict[str, Callable[[], object]]:
+    """The labelled step, without a teacher and under two: name -> what makes the engine."""
+
+    depth = 1 if setting.args.smoke else 12
+
+    def under(teacher: object) -> object:
+        return setting.engine(student(setting.args.size, teacher))
+
+    return {
+        "labels only": lambda: under(None),
+        "labels and AST": lambda: under(load_teacher(**save_ast(folder, depth)).to(DEVICE)),
+        "labels and BEATs": lambda: under(beats(depth).to(DEVICE)),
+    }
+
+
 def make_batch(size: int, seconds: float) -> Batch:
     """Clips of coloured noise with everything a step needs."""
     noise = torch.randn(size, round(seconds * 16000), generator=torch.Generator().manual_seed(0)) * 0.1
     fbank, hog = kernels.features(noise, num_frames=num_input_frames(seconds))
     index = torch.arange(size)
     seeds = torch.from_numpy(kernels.derive_seeds(0, 0, index.numpy()))
-    return Batch(fbank, hog, index % 10, [str(i) for i in range(size)], index, seeds).to(DEVICE)
+    return Batch(fbank, hog, index % 10, [str(i) for i in range(size)], index, seeds, waveform=noise).to(DEVICE)
 
 
 def one_step(engine: object, batch: Batch) -> None:
@@ -229,36 +242,62 @@ def host_waits(engine: object, batch: Batch) -> int | None:
 def measure(args: argparse.Namespace) -> dict:
     setting, batch, watch = Setting(args), make_batch(args.batch, args.seconds), common.IdleWatch(args.patience)
     peaks: dict[str, list[float]] = {"bf16": [], "fp32": []}
-    found: dict[str, dict] = {name: {"seconds": []} for name in setting.rows()}
-    for name, make in setting.rows().items():
-        if GPU:
-            torch.cuda.reset_peak_memory_stats()
-        watch.wait()
-        try:
-            engine = make()
-            one_step(engine, batch)  # allocations, compilation
-            for _ in range(args.rounds):
-                peaks["bf16"].append(matrix_peak(torch.bfloat16))
-                peaks["fp32"].append(matrix_peak(torch.float32))
-                watch.wait()
-                found[name]["seconds"].append(seconds_of(lambda engine=engine: one_step(engine, batch)))
-            if name == "ours":
-                found[name]["host_waits_in_3_steps"] = host_waits(engine, batch)
-        except (RuntimeError, ValueError) as error:  # no room, or not possible here: said in the table
-            found[name]["failed"] = str(error).splitlines()[0][:120]
-        if GPU:
-            found[name]["peak_gigabytes"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-        engine = None
-        gc.collect()
-        if GPU:
-            torch.cuda.empty_cache()
-        print(name, found[name], flush=True)
-    return report(args, found, {name: statistics.median(values) for name, values in peaks.items()}, watch)
+    found = {name: time_row(name, make, batch, args, watch, peaks) for name, make in setting.rows().items()}
+    labelled = {}
+    if args.teachers:
+        # Hundreds of classes, several to a clip, as in AudioSet.
+        several = replace(batch, label=torch.nn.functional.one_hot(batch.label, len(CLASSES)).float())
+        with tempfile.TemporaryDirectory() as folder:
+            for name, make in labelled_rows(setting, Path(folder)).items():
+                labelled[name] = time_row(name, make, several, args, watch, peaks)
+    return report(args, found, labelled, {name: statistics.median(values) for name, values in peaks.items()}, watch)
 
 
-def report(args: argparse.Namespace, found: dict, peaks: dict[str, float], watch: common.IdleWatch) -> dict:
+def time_row(
+    name: str,
+    make: Callable[[], object],
+    batch: Batch,
+    args: argparse.Namespace,
+    watch: common.IdleWatch,
+    peaks: dict[str, list[float]],
+) -> dict:
+    """Seconds of each step of one row, between measurements of the matrix products' peak; on a GPU also its memory."""
+    row: dict = {"seconds": []}
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+    watch.wait()
+    try:
+        engine = make()
+        one_step(engine, batch)  # allocations, compilation
+        for _ in range(args.rounds):
+            peaks["bf16"].append(matrix_peak(torch.bfloat16))
+            peaks["fp32"].append(matrix_peak(torch.float32))
+            watch.wait()
+            row["seconds"].append(seconds_of(lambda: one_step(engine, batch)))
+        if name == "ours":
+            row["host_waits_in_3_steps"] = host_waits(engine, batch)
+    except (RuntimeError, ValueError) as error:  # no room, or not possible here: said in the table
+        row["failed"] = str(error).splitlines()[0][:120]
+    if GPU:
+        row["peak_gigabytes"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    engine = None
+    gc.collect()
+    if GPU:
+        torch.cuda.empty_cache()
+    print(name, row, flush=True)
+    return row
+
+
+def report(
+    args: argparse.Namespace, found: dict, labelled: dict, peaks: dict[str, float], watch: common.IdleWatch
+) -> dict:
     counted = flops.pretrain_step(args.size, args.seconds)
     work = counted.total * args.batch
+    for row in labelled.values():
+        if row["seconds"]:
+            row["median_s"] = statistics.median(row["seconds"])
+            alone = labelled["labels only"].get("median_s")
+            row["share_of_teacher"] = None if alone is None else max(1.0 - alone / row["median_s"], 0.0)
     for row in found.values():
         if row["seconds"]:
             row["median_s"] = statistics.median(row["seconds"])
@@ -283,6 +322,7 @@ def report(args: argparse.Namespace, found: dict, peaks: dict[str, float], watch
         "gigaflops_per_clip": {**parts, "total": counted.total / 1e9},
         "peaks_teraflops": {name: value / 1e12 for name, value in peaks.items()},
         "rows": found,
+        "labelled": labelled,
         "verdicts": verdicts,
     }
 
@@ -311,10 +351,26 @@ def write(result: dict, out: Path) -> None:
             f"| {name} | {row['median_s']:.3g} | {row['clips_per_second']:.3g} | {row['median_s'] / ours:.2f} | "
             f"{100 * row['utilisation']:.0f} % | {row.get('peak_gigabytes', '')} |"
         )
+    lines += labelled_lines(result)
     waits = result["rows"]["ours"].get("host_waits_in_3_steps")
     lines += ["", f"Host waits for the device in three steps: {'not measured (no GPU)' if waits is None else waits}."]
     common.write(out, "train_step_gpu" if GPU else "train_step", result, "\n".join(lines) + "\n")
     print("\n".join(lines))
+
+
+def labelled_lines(result: dict) -> list[str]:
+    if not result["labelled"]:
+        return []
+    lines = ["", f"The labelled step of the {result['size']} model, {len(CLASSES)} classes, the same clips:", ""]
+    lines += ["| | s a step | the teacher's share of it | peak GB |", "|---|---|---|---|"]
+    for name, row in result["labelled"].items():
+        if "median_s" not in row:
+            lines.append(f"| {name} | {row.get('failed', 'not measured')} | | |")
+            continue
+        share = row["share_of_teacher"]
+        cells = [f"{row['median_s']:.3g}", "" if not share else f"{100 * share:.0f} %", row.get("peak_gigabytes", "")]
+        lines.append(f"| {name} | " + " | ".join(map(str, cells)) + " |")
+    return lines
 
 
 def main() -> None:
@@ -324,7 +380,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--fp16", action="store_true", help="as on a V100, instead of bf16")
+    parser.add_argument("--smoke", action="store_true", help="teachers of one block, to see that everything runs")
     parser.add_argument("--no-levers", dest="levers", action="store_false", help="only ours and the literal one")
+    parser.add_argument("--no-teachers", dest="teachers", action="store_false", help="leave the labelled step out")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds to wait in all for an idle machine")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()

@@ -27,8 +27,8 @@ def script(monkeypatch):
 
 
 @pytest.mark.slow
-def test_quick_throughput(tmp_path):
-    options = ["--quick", "--generate", "--clips", "16", "--rounds", "1", "--big_gb", "0", "--rows", "0"]
+def test_smoke_throughput(tmp_path):
+    options = ["--smoke", "--generate", "--clips", "16", "--rounds", "1", "--big_gb", "0", "--rows", "0"]
     names = ["--only", "ours", "lhotse"]
     command = [sys.executable, str(BENCHMARKS / "throughput.py"), *options, *names, "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
@@ -57,7 +57,7 @@ def test_large_shards_and_manifests(tmp_path, script):
         return SAMPLE | {"rss_mb": 1.0, "file_mb": 1.0}
 
     options = SimpleNamespace(
-        big_gb=4 * Path(packed["shards"][0]).stat().st_size / 1e9, window=0.1, quick=True, rows=50, rounds=1
+        big_gb=4 * Path(packed["shards"][0]).stat().st_size / 1e9, window=0.1, smoke=True, rows=50, rounds=1
     )
     bench = SimpleNamespace(data={"sources": {"packed": packed}}, options=options, sample=sample)
     cold = big.cold(bench, None, tmp_path / "big")
@@ -159,8 +159,8 @@ def test_cpu_time_counts_children(script):
 
 
 @pytest.mark.slow
-def test_quick_teach(tmp_path):
-    options = ["--quick", "--student", "nano", "--batch", "2", "--rounds", "1", "--patience", "0"]
+def test_smoke_teach(tmp_path):
+    options = ["--smoke", "--student", "nano", "--batch", "2", "--rounds", "1", "--patience", "0"]
     command = [sys.executable, str(BENCHMARKS / "teach.py"), *options, "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -175,7 +175,7 @@ def test_quick_teach(tmp_path):
 
 
 def test_intervals_are_held_against_the_truth(tmp_path):
-    options = ["--sets", "2", "--resamples", "20", "--kinds", "1", "--out", str(tmp_path)]
+    options = ["--smoke", "--out", str(tmp_path)]
     command = [sys.executable, str(BENCHMARKS / "intervals.py"), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -184,3 +184,90 @@ def test_intervals_are_held_against_the_truth(tmp_path):
     assert row["clips"] == 80 and 0.4 < row["truth"]["mAP"] < row["mean_found"]["mAP"]
     assert all(row[kind]["mAP"] in (0.0, 0.5, 1.0) for kind in ("ours", "percentile"))
     assert "| 80 | 10 | mAP |" in (tmp_path / "intervals.md").read_text()
+
+
+@pytest.mark.slow
+def test_smoke_kernels(tmp_path):
+    """Each candidate's output is compared with the references before it is timed."""
+    command = [sys.executable, str(BENCHMARKS / "kernels.py"), "--smoke", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "kernels.json").read_text())
+    rows = [row for table in ("fbank", "hog", "fused", "threads", "masks") for row in found[table].values()]
+    assert len(rows) > 20 and all(0 < row["best_ms"] <= row["median_ms"] for row in rows)
+    assert len(found["verdicts"]) == 9 and "## threads" in (tmp_path / "kernels.md").read_text()
+
+
+@pytest.mark.slow
+def test_smoke_plan_check(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "plan_check.py"), "--smoke", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "plan.json").read_text())["rows"]
+    assert {row["what"] for row in rows} == {"ssl", "distill", "teacher", "bytes"}
+    assert all(row["predicted"] > 0 and row["run"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_smoke_train_step(tmp_path):
+    options = ["--smoke", "--size", "nano", "--batch", "2", "--rounds", "1", "--patience", "0"]
+    command = [sys.executable, str(BENCHMARKS / "train_step.py"), *options, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "train_step.json").read_text())
+    rows = found["rows"] | found["labelled"]
+    assert [name for name, row in rows.items() if "failed" in row] == []
+    assert len(rows) == 13 and all(row["median_s"] > 0 for row in rows.values())
+    assert found["labelled"]["labels only"]["share_of_teacher"] == 0.0
+    assert "| labels and BEATs |" in (tmp_path / "train_step.md").read_text()
+
+
+def test_what_fits_into_the_budget(script):
+    run_all = script("run_all")
+    scripts = tuple(run_all.Script(name, f"{name}.py", minutes) for name, minutes in (("a", 6), ("b", 25), ("c", 3)))
+    names = [[s.name for s in part] for part in run_all.choose(scripts, 10)]
+    assert names == [["a", "c"], ["b"]]
+    assert [s.name for s in run_all.choose(scripts, 34)[0]] == ["a", "b", "c"]
+
+
+def test_every_benchmark_of_the_page_has_a_smoke_run(script):
+    """The tests above run them."""
+    run_all = script("run_all")
+    for item in run_all.SCRIPTS:
+        assert '"--smoke"' in (BENCHMARKS / item.file).read_text()
+        assert item.name in run_all.figures_of.__globals__["READERS"] or item.name == "intervals"
+
+
+def test_a_change_is_one_that_the_samples_cannot_explain(script):
+    figures = script("figures_of")
+    old = {
+        "a": figures.of_samples([1.0, 1.1, 0.9], "s", False),
+        "b": figures.of_samples([100.0, 102.0, 98.0], "clips/s", True),
+        "c": figures.of_samples([1.0], "s", False),
+        "gone": figures.of_samples([1.0], "s", False),
+    }
+    new = {
+        "a": figures.of_samples([1.3, 1.05, 1.4], "s", False),  # ranges meet
+        "b": figures.of_samples([80.0, 81.0, 79.0], "clips/s", True),
+        "c": figures.of_samples([0.97], "s", False),  # apart, but within the noise
+    }
+    rows = figures.compare(old, new)
+    assert [(row["name"], row["verdict"]) for row in rows] == [("a", "same"), ("b", "worse"), ("c", "same")]
+    assert rows[1]["change"] == pytest.approx(-0.2)
+    new["c"] = figures.of_samples([0.9], "s", False)
+    assert figures.compare(old, new)[2]["verdict"] == "better"
+
+
+def test_committed_results_are_read_and_compared(script, tmp_path, capsys):
+    run_all = script("run_all")
+    results = run_all.read(BENCHMARKS / "results")
+    counts = {name: len(run_all.figures_of(name, result)) for name, result in results.items()}
+    assert counts["kernels"] > 20 and counts["throughput"] > 30 and counts["teach"] == 3 and counts["plan"] == 16
+    slower = json.loads((BENCHMARKS / "results/teach.json").read_text())
+    slower["seconds"]["stored answers"] = [10 * value for value in slower["seconds"]["stored answers"]]
+    (tmp_path / "teach.json").write_text(json.dumps(slower))
+    options = ["--only", "--out", str(tmp_path), "--against", str(BENCHMARKS / "results")]
+    assert run_all.main(options) == 0 and run_all.main([*options, "--fail"]) == 1
+    page = (tmp_path / "all.md").read_text()
+    assert "3 figures compared, 1 changed" in page and "| teach: stored answers |" in page
+    assert page in capsys.readouterr().out
