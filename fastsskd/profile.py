@@ -162,7 +162,7 @@ def _rank(job: Job, traces: dict[str, Trace], sent: profile_step.Alone | None) -
         waits=waits(waited, sum(wait + rest for _, wait, rest in whole.steps)),
         first=statistics.median(whole.first),
         step=sent.together.value if sent else own / cached.value,
-        alone=sent.alone.value if sent else None,
+        alone=sent.alone if sent else None,
         memory=float(memory[-1]),
         growth=slope(clips[later:], memory[later:]) if clips[-1] - clips[later] >= ENOUGH_CLIPS else math.nan,
     )

@@ -93,7 +93,7 @@ def waiting_lines(result: Profile) -> list[str]:
     for number_, rank in enumerate(result.found.ranks):
         w = rank.waits
         points = "".join(f"{1e3 * value:>8.1f}" for value in (w.p50, w.p95, w.p99, w.max))
-        alone = "-" if rank.alone is None else f"{1e3 * rank.alone:.1f}"
+        alone = "-" if rank.alone is None else f"{1e3 * rank.alone.value:.1f}"
         lines.append(
             f"{number_:<8}{points} {100 * w.ready:>5.0f} % {100 * w.share:>7.1f} % {rank.first:>11.2f} s {alone:>15}"
         )

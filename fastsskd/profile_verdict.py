@@ -15,8 +15,8 @@ NEAR = 0.10
 """Loader and step are balanced if their rates differ by no more than this share."""
 SURE = 0.5
 """... and if the interval of their ratio is not wider than this share of it."""
-SLOW_RANK = 1.3
-"""A rank is slow if it takes this many times as long as the others' median."""
+SLOW_RANK = 1.5
+"""A rank is slow if it takes this many times as long as the others' median, and longer than each for certain."""
 WORTH = 1.03
 """Advice that gains less is not given."""
 
@@ -43,7 +43,7 @@ class RankFound:
     waits: Waits
     first: float
     step: float
-    alone: float | None
+    alone: Interval | None
     memory: float
     growth: float
 
@@ -108,7 +108,7 @@ class Found:
     @property
     def communication(self) -> float:
         """Share of a cached step that goes away when nothing is sent; waiting for a slow rank is not in it."""
-        alone = [rank.alone for rank in self.ranks if rank.alone is not None]
+        alone = [rank.alone.value for rank in self.ranks if rank.alone is not None]
         together_ = max(rank.step for rank in self.ranks)
         return max(1.0 - max(alone) / together_, 0.0) if alone and together_ > 0 else 0.0
 
@@ -168,20 +168,22 @@ def verdict(found: Found) -> Verdict:
 
 def slow_rank(found: Found) -> tuple[int, str, float] | None:
     """The rank that holds the others up, with what, and how many times as long it takes."""
-    alone, loaders = [rank.alone for rank in found.ranks], [rank.loader for rank in found.ranks]
-    candidates = []
-    if len(alone) > 1 and None not in alone:
-        candidates.append(("its step takes", alone))
-    slowest = min(loaders, key=lambda rate: rate.value)
-    if len(loaders) > 1 and all(one is slowest or one.low > slowest.high for one in loaders):
-        candidates.append(("its loader takes", [1.0 / max(rate.value, 1e-9) for rate in loaders]))
+    candidates = [("its loader takes", [_inverse(rank.loader) for rank in found.ranks])]
+    if all(rank.alone is not None for rank in found.ranks):
+        candidates.insert(0, ("its step takes", [rank.alone for rank in found.ranks]))
     for what, seconds in candidates:
-        worst = max(range(len(seconds)), key=lambda r: seconds[r])
-        others = sorted(value for r, value in enumerate(seconds) if r != worst)
-        times = seconds[worst] / max(others[(len(others) - 1) // 2], 1e-12)
-        if times >= SLOW_RANK:
-            return worst, what, times
+        worst = max(range(len(seconds)), key=lambda r: seconds[r].value)
+        others = sorted((own for r, own in enumerate(seconds) if r != worst), key=lambda own: own.value)
+        if others and all(own.high < seconds[worst].low for own in others):
+            times = seconds[worst].value / others[(len(others) - 1) // 2].value
+            if times >= SLOW_RANK:
+                return worst, what, times
     return None
+
+
+def _inverse(rate: Interval) -> Interval:
+    """Seconds of a clip."""
+    return Interval(*(1.0 / max(value, 1e-9) for value in (rate.value, rate.high, rate.low)))
 
 
 def contention(step: float, loader: float, end_to_end: float) -> float:

@@ -65,6 +65,7 @@ def test_a_slow_disk_is_named(profiled, short, tones):
     assert found["ranks"][0]["waits"]["share"] > 0.3 and found["ranks"][0]["waits"]["ready"] < 0.2
 
 
+@pytest.mark.slow
 def test_too_few_threads_are_named_and_more_of_them_really_help(profiled, short, tones):
     found = profiled([*short(tones), "--try"], "slow_features")
     assert found["verdict"] == "LOADER-BOUND" and top(found) == "threads"
@@ -79,6 +80,7 @@ def test_heavy_resampling_is_named(profiled, short, tones):
     assert "resampling takes" in found["advice"][0]["text"] and found["advice"][0]["gain"] > 3
 
 
+@pytest.mark.slow
 def test_a_slow_decoder_is_named_and_packing_really_helps(profiled, short, encoded, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     found = profiled([*short(encoded), "--try"], "slow_decoder")

@@ -22,7 +22,7 @@ def around(value: float, spread: float = 0.03) -> Interval:
 def make_rank(step=1000.0, loader=3000.0, end_to_end=None, alone=None, waits=CALM) -> RankFound:
     end_to_end = min(step, loader) if end_to_end is None else end_to_end
     rates = [around(rate) for rate in (step, step, loader, end_to_end)]
-    return RankFound(*rates, waits, 0.5, 24 / step, alone, 1e9, 0.0)
+    return RankFound(*rates, waits, 0.5, 24 / step, None if alone is None else around(alone), 1e9, 0.0)
 
 
 def make(ranks=None, loader=LOADER_STAGES, parts=STEP_PARTS, **changes) -> Found:
@@ -232,4 +232,8 @@ def test_what_a_stage_adds():
 def test_a_rank_is_not_slow_within_what_is_uncertain():
     wide = [replace(make_rank(1000, rate), loader=around(rate, 0.4)) for rate in (3000, 2000)]
     assert v.slow_rank(make(wide)) is None
-    assert v.slow_rank(make([make_rank(1000, 3000), make_rank(1000, 2000)])) is not None
+    assert v.slow_rank(make([make_rank(1000, 3000), make_rank(1000, 1900)])) is not None
+    assert v.slow_rank(make([make_rank(1000, 3000), make_rank(1000, 2100)])) is None  # not worth a word
+    steps = [make_rank(100, 3000, alone=alone) for alone in (0.02, 0.04)]
+    assert v.slow_rank(make(steps))[0] == 1
+    assert v.slow_rank(make([replace(rank, alone=around(rank.alone.value, 0.5)) for rank in steps])) is None
