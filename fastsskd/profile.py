@@ -15,11 +15,12 @@ from typing import Any
 from fastsskd import distributed, ds_config, peak, profile_disk, profile_step
 from fastsskd.batch import Batch
 from fastsskd.clip_table import PACKED
+from fastsskd.profile_advice import Advice, advise
 from fastsskd.profile_job import Job, say
 from fastsskd.profile_runs import Trace, endless, four_runs, real_batches
 from fastsskd.profile_stages import Pace, Pipelines, marginal
 from fastsskd.profile_stats import slope, waits
-from fastsskd.profile_verdict import Advice, Found, RankFound, StageCost, Verdict, advise, verdict
+from fastsskd.profile_verdict import Found, RankFound, StageCost, Verdict, verdict
 
 SHARES = {"runs": 0.45, "stages": 0.14, "threads": 0.09, "formats": 0.06, "disk": 0.08, "step": 0.10, "sent": 0.08}
 """Of the time there is."""

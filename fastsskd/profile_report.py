@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from fastsskd.profile import Profile
+from fastsskd.profile_advice import Advice, contention
 from fastsskd.profile_stats import Interval, number
-from fastsskd.profile_verdict import Advice, Found, StageCost, contention
+from fastsskd.profile_verdict import Found, StageCost
 from fastsskd.run_folder import versions
 
 RUNS = {

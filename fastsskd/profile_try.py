@@ -16,10 +16,10 @@ from fastsskd.batch import Batch
 from fastsskd.loader import Loader
 from fastsskd.pack import pack
 from fastsskd.profile import Profile
+from fastsskd.profile_advice import Advice
 from fastsskd.profile_job import Job, say
 from fastsskd.profile_runs import endless, train
 from fastsskd.profile_stats import Interval, median_interval
-from fastsskd.profile_verdict import Advice
 from fastsskd.stored_answers import StoredAnswers
 from fastsskd.teachers import ask
 

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 
 from fastsskd import profile_verdict as v
+from fastsskd.profile_advice import Advice, advise, contention, predict
 from fastsskd.profile_disk import Disk
 from fastsskd.profile_stages import Pace, marginal
 from fastsskd.profile_stats import Interval, Waits
-from fastsskd.profile_verdict import Found, RankFound, StageCost, advise, contention, judge, predict, verdict
+from fastsskd.profile_verdict import Found, RankFound, StageCost, judge, verdict
 
 CALM = Waits(0.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 LOADER_STAGES = {"read": 0.1e-3, "decode": 2e-3, "resample, crop": 1e-3, "fbank": 0.4e-3, "HOG": 0.1e-3}
@@ -44,7 +45,7 @@ def make(ranks=None, loader=LOADER_STAGES, parts=STEP_PARTS, **changes) -> Found
     return Found(ranks=tuple(ranks), **{**given, **changes})
 
 
-def advice_of(found: Found) -> list[v.Advice]:
+def advice_of(found: Found) -> list[Advice]:
     return advise(found, verdict(found).word)
 
 
