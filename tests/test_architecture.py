@@ -34,8 +34,8 @@ FLOORS = (
     "report recipe pack_folder engine_state pack_clip pack_report pack_job pack answer_folder teach plan_measure "
     "plan_job plan_report job_pool many_runs kfold probe score_file intervals confusion evaluate_report peak "
     "profile_job profile_runs profile_silence profile_stages profile_disk profile_step profile_verdict profile "
-    "profile_advice profile_try profile_report profile_page sources listen loaded embed export onnx_model api report_charts "
-    "report_data report_html report_curves report_scores report_page report_folds reference",
+    "profile_advice profile_try profile_report profile_page sources listen loaded embed export onnx_model api "
+    "report_charts report_data report_html report_curves report_scores report_page report_folds reference",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 
