@@ -24,10 +24,10 @@ def augment(fbank: Tensor, seed: Tensor, config: AugmentConfig, num_frames: int)
         fbank = _roll(fbank, draws[:, 0], num_frames)
     if config.noise > 0:
         fbank = _add_noise(fbank, seed, draws[:, 1] * config.noise)
-    if config.time_mask:
-        fbank = fbank.masked_fill(_band(fbank.shape[1], config.time_mask, draws[:, 2], draws[:, 3])[:, :, None], 0.0)
-    if config.freq_mask:
-        fbank = fbank.masked_fill(_band(fbank.shape[2], config.freq_mask, draws[:, 4], draws[:, 5])[:, None, :], 0.0)
+    if config.time_mask or config.freq_mask:
+        frames = _band(fbank.shape[1], config.time_mask, draws[:, 2], draws[:, 3])
+        bins = _band(fbank.shape[2], config.freq_mask, draws[:, 4], draws[:, 5])
+        fbank = fbank.masked_fill(frames[:, :, None] | bins[:, None, :], 0.0)
     return fbank
 
 
@@ -48,13 +48,18 @@ def mixup_partner(seed: Tensor, config: AugmentConfig) -> tuple[Tensor, Tensor]:
     return partner, torch.where(draws[:, 0] < config.mixup, ratio, torch.ones_like(ratio))
 
 
-def mix_fbank(fbank: Tensor, partner: Tensor, ratio: Tensor, mean: float, std: float) -> Tensor:
-    """Mix in the power domain, which is what adding two unrelated waveforms does to their expected spectrum."""
+def mix_fbank(fbank: Tensor, partner: Tensor, ratio: Tensor, std: float) -> Tensor:
+    """Mix in the power domain, which is what adding two unrelated waveforms does to their expected spectrum.
+
+    Args:
+        fbank: ``(B, T, F)``, ``(x - mean) / (2 std)`` of the log-mel energies; the mean is a factor of all powers.
+        partner, ratio: see :func:`mixup_partner`.
+        std: of the normalisation.
+    """
     scale = 2.0 * std
-    power = (fbank * scale + mean).exp()
-    ratio = ratio.view(-1, 1, 1)
-    mixed = ratio * power + (1.0 - ratio) * power[partner]
-    return (mixed.clamp_min(torch.finfo(torch.float32).tiny).log() - mean) / scale
+    power = (fbank * scale).exp_()
+    mixed = torch.lerp(power[partner], power, ratio.view(-1, 1, 1))
+    return mixed.clamp_min_(torch.finfo(torch.float32).tiny).log_().div_(scale)
 
 
 def _roll(fbank: Tensor, share: Tensor, num_frames: int) -> Tensor:
@@ -63,7 +68,8 @@ def _roll(fbank: Tensor, share: Tensor, num_frames: int) -> Tensor:
     shift = (share * num_frames).long()
     rolled = (place[None] - shift[:, None]) % num_frames
     index = torch.where(place < num_frames, rolled, place)
-    return fbank.gather(1, index[:, :, None].expand_as(fbank))
+    row = torch.arange(len(fbank), device=fbank.device)[:, None] * fbank.shape[1] + index
+    return fbank.flatten(0, 1).index_select(0, row.flatten()).view_as(fbank)
 
 
 def _add_noise(fbank: Tensor, seed: Tensor, level: Tensor) -> Tensor:

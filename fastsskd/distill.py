@@ -87,7 +87,7 @@ class Distill(nn.Module):
             scores, features = self._teach(batch.waveform)
         if self.augmentation.mixup > 0 and len(batch) > 1:
             partner, ratio = mixup_partner(batch.seed, self.augmentation)
-            fbank = mix_fbank(fbank, partner, ratio, self.data.mean, self.data.std)
+            fbank = mix_fbank(fbank, partner, ratio, self.data.std)
             # The teacher heard the clips one by one; its answers are mixed as the labels are.
             target, scores, features = (_mix(x, partner, ratio) for x in (target, scores, features))
         draw_depth(self.model, batch.seed)

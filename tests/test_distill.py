@@ -218,7 +218,7 @@ def test_mixup_mixes_clips_labels_and_the_teacher_s_answers_alike(make_model, ma
 
     partner, ratio = mixup_partner(batch.seed, config)
     assert 0 < (ratio < 1).sum() < 5
-    fbank = mix_fbank(batch.fbank, partner, ratio, DataConfig().mean, DataConfig().std)
+    fbank = mix_fbank(batch.fbank, partner, ratio, DataConfig().std)
     logits, clip = model(fbank)
 
     def mix(rows):
