@@ -49,4 +49,3 @@ def test_a_file_that_is_none_is_named(tmp_path):
         with pytest.raises(InputError, match=f"{name}.npz") as caught:
             load(tmp_path / f"{name}.npz")
         assert "\n" not in str(caught.value)
-
