@@ -271,3 +271,25 @@ def test_committed_results_are_read_and_compared(script, tmp_path, capsys):
     page = (tmp_path / "all.md").read_text()
     assert "3 figures compared, 1 changed" in page and "| teach: stored answers |" in page
     assert page in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_smoke_gpu(tmp_path):
+    """All parts but the kernels, which have a test above; here on whatever there is."""
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--smoke", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert set(parts) == {"training step", "from packed", "from flac", "from ogg"}
+    for name in ("packed", "flac", "ogg"):
+        row = parts[f"from {name}"]
+        assert row["steps"] == 12 and row["clips_per_s"] > 0 and 0 <= row["wait"] < 1
+    assert "| from ogg |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_without_a_gpu_the_gpu_script_says_so(script, monkeypatch, capsys):
+    gpu = script("gpu")
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as caught:
+        gpu.main([])
+    assert caught.value.code == 2 and "torch finds no GPU here" in capsys.readouterr().err
