@@ -102,7 +102,7 @@ def measure(args: argparse.Namespace) -> dict:
             if step == total:
                 break
     loader.close()
-    weights = {"alpha": config.loss.alpha, "beta": config.loss.beta, "tau": config.loss.tau}
+    weights = {name: getattr(config.loss, name) for name in ("alpha", "beta", "tau", "restore_scale")}
     return {"weights": weights, "size": config.model.size, "batch": args.batch, "clips": len(clips), "looks": found}
 
 
@@ -119,7 +119,7 @@ def shares(looks: list[dict]) -> dict[str, dict[str, float]]:
 
 def draw(result: dict, path: Path) -> None:
     """Values, gradients with their weights, and cosines over the epochs."""
-    figure, axes = plt.subplots(1, 3, figsize=(16, 4.6), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(16, 5.0), layout="constrained")
     looks = result["looks"]
     epochs = [look["epoch"] for look in looks]
     panels = (
@@ -134,7 +134,7 @@ def draw(result: dict, path: Path) -> None:
             axis.plot(epochs, [look["terms"][name][key] for look in looks], style, color=color, label=name)
         axis.set(title=title, xlabel="epoch", yscale=scale)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
     weights = ", ".join(f"{name} = {value:g}" for name, value in result["weights"].items())
     figure.suptitle(f"Terms of Multi-SSL, {result['size']} model, {result['clips']} clips, {weights}")
     path.parent.mkdir(parents=True, exist_ok=True)
