@@ -157,6 +157,9 @@ class DistillConfig(StageConfig):
     stored: str = _option(
         "", "folder that `fastsskd teach` has filled with a teacher's answers, instead of `teacher`; empty = none"
     )
+    teacher_ahead: bool = _option(
+        False, "with gradient accumulation: ask the teacher once a step, for all of its micro-batches together"
+    )
     teacher_classes: str = _option(
         "", "class_labels_indices.csv that names a teacher's outputs where its checkpoint does not, or by /m/... only"
     )

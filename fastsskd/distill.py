@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -74,16 +75,31 @@ class Distill(nn.Module):
     def teacher(self) -> Teacher | StoredAnswers | None:
         return self._outside[0]
 
+    @property
+    def asks(self) -> bool:
+        """Whether there is a teacher that hears the clips in the step."""
+        return self.teacher is not None and not isinstance(self.teacher, StoredAnswers)
+
+    def ask_ahead(self, batches: list[Batch]) -> list[Batch]:
+        """The micro-batches of a step with the teacher's answers, asked once for all of them.
+
+        A small micro-batch that the student's activations force leaves a card idle under the teacher, which keeps none.
+        """
+        if not self.asks or sum(len(batch) > 0 for batch in batches) < 2:
+            return batches
+        counts = [len(batch) for batch in batches]
+        answers = self._teach(torch.cat([batch.waveform for batch in batches]))
+        rows = zip(batches, *(answer.split(counts) for answer in answers), strict=True)
+        return [replace(b, waveform=None, teacher_probs=probs, teacher_features=own) for b, probs, own in rows]
+
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one batch, and its parts, detached.
 
-        With a teacher the batch carries the waveforms, or the stored answers.
+        With a teacher the batch carries the waveforms, or the answers: stored ones, or :meth:`ask_ahead`'s.
         """
         fbank, target = batch.fbank, self._targets(batch.label)
-        scores = features = None
-        if isinstance(self.teacher, StoredAnswers):
-            scores, features = batch.teacher_probs, batch.teacher_features
-        elif self.teacher is not None:
+        scores, features = batch.teacher_probs, batch.teacher_features
+        if self.asks and features is None:
             scores, features = self._teach(batch.waveform)
         if self.augmentation.mixup > 0 and len(batch) > 1:
             partner, ratio = mixup_partner(batch.seed, self.augmentation)

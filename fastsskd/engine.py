@@ -106,6 +106,7 @@ def train_stage(
     *,
     start_step: int = 0,
     stop: StopFlag | None = None,
+    prepare: Callable[[list[Batch]], list[Batch]] = lambda batches: batches,
     on_log: Callable[[Log], None] = lambda log: None,
     on_step: Callable[[int, bool], None] = lambda step, stopping: None,
     on_bad: Callable[[BadStep], None] = lambda bad: None,
@@ -115,6 +116,7 @@ def train_stage(
     Args:
         engine: ``engine(batch) -> (loss, metrics)``, ``engine.backward(loss)``, ``engine.step()``.
         loader: at the cursor that belongs to ``start_step``.
+        prepare: what becomes of a step's micro-batches before the first of them is trained on.
         on_log: called every ``plan.log_every`` steps.
         on_step: called after each optimizer step with the number done and whether the run is stopping; saves.
         on_bad: called with each step that was skipped because something was not finite.
@@ -134,7 +136,7 @@ def train_stage(
         torch.manual_seed(derive_seed(plan.seed, step, distributed.rank()))
         micro_batches = [meter.wait(batches) for _ in range(plan.accumulation)]
         weights, clips, stopping = _agree(micro_batches, stop is not None and stop.set)
-        forwards = _step(engine, micro_batches, weights)
+        forwards = _step(engine, prepare(micro_batches), weights)
         meter.add(bad_steps.after(step + 1, forwards, engine.optimizer), clips)
         if meter.due(step + 1) or step + 1 == plan.total_steps or stopping:
             on_log(meter.log(step + 1, lr, _grad_norm(engine)))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastsskd.augment import mix_fbank, mixup_partner
+from fastsskd.batch import Batch
 from fastsskd.class_map import load_class_map
 from fastsskd.config import AugmentConfig, DataConfig, DistillConfig
 from fastsskd.distill import Distill
@@ -49,6 +50,12 @@ def make_distill(
         teacher=teacher,
         class_map=class_map,
     )
+
+
+def empty(batch: Batch) -> Batch:
+    """The batch when all its clips were bad."""
+    columns = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    return Batch(**{name: None if value is None else value[:0] for name, value in columns.items()})
 
 
 def naive_ce(logits, target, multi_label: bool) -> float:
@@ -374,3 +381,26 @@ def test_an_empty_projection_is_not_left_over_between_runs(make_model):
         "projection.bias",
     }
     assert isinstance(module.projection, nn.Linear) and dataclasses.is_dataclass(module.distill)
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_asked_ahead_the_teacher_hears_a_step_at_once_and_says_the_same(make_model, make_batch, multi_label):
+    augmentation = AugmentConfig(mixup=0.9, time_roll=True)
+    batches = [make_batch(part, waveform=True, multi_label=multi_label) for part in ([0, 1, 2, 3], [4])]
+    batches.append(empty(batches[0]))
+    options = {"multi_label": multi_label, "augmentation": augmentation}
+    module = make_distill(used_model(make_model), teacher=FixedTeacher(), **options)
+    ahead = module.ask_ahead(batches)
+    assert [len(batch) for batch in ahead] == [4, 1, 0] and len(module.teacher.heard) == 1
+    found = [module(batch) for batch in ahead[:2]]
+    assert len(module.teacher.heard) == 1
+    for (loss, terms), batch in zip(found, batches, strict=False):
+        own_loss, own_terms = module(batch)
+        torch.testing.assert_close(loss, own_loss, rtol=1e-5, atol=1e-6)
+        assert terms.keys() == own_terms.keys() == {"label", "teacher_label", "regression"}
+    assert module.ask_ahead(batches[1:])[0] is batches[1]  # one that is not empty needs no company
+
+
+def test_without_a_teacher_nobody_is_asked_ahead(make_model, make_batch):
+    batches = [make_batch([0, 1]), make_batch([2])]
+    assert make_distill(make_model()).ask_ahead(batches) is batches

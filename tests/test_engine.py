@@ -122,6 +122,17 @@ def test_uneven_micro_batches_weigh_as_one_batch():
     assert logs[0].clips == 7
 
 
+def test_a_step_is_prepared_as_a_whole():
+    own, seen = SmallEngine(accumulation=2), []
+
+    def prepare(batches):
+        seen.append([len(batch) for batch in batches])
+        return batches[::-1]
+
+    train(own, [[0, 1, 2], [3], [4], [5, 6]], plan(2, accumulation=2), prepare=prepare)
+    assert seen == [[3, 1], [1, 2]] and own.seen == [1, 3, 2, 1]
+
+
 def test_empty_micro_batches_are_skipped_and_the_rest_still_weighs_as_one():
     own = SmallEngine(accumulation=3)
     logs = train(own, [[0, 1, 2], [], [3]], plan(1, accumulation=3))

@@ -139,6 +139,7 @@ def kinds(training, finished, tones, tmp_path_factory):
 
 
 NO_CONTRAST = {"loss__contrast_intra": "false", "loss__contrast_inter": "false"}
+AHEAD = {"distill__teacher_ahead": "true"}
 RECOMPUTE = {"model__activation_checkpointing": "true"}
 
 
@@ -164,6 +165,9 @@ RECOMPUTE = {"model__activation_checkpointing": "true"}
         (((1, 1), {"accumulation": 2, **NO_CONTRAST}), ((1, 1), NO_CONTRAST), 1e-5),
         (((2, 2), {"accumulation": 2, **NO_CONTRAST}), ((1, 1), NO_CONTRAST), 1e-5),
         (((2, 3), {"accumulation": 2, **NO_CONTRAST}), ((1, 1), NO_CONTRAST), 1e-5),
+        # A teacher that hears all micro-batches of a step at once.
+        (((1, 1), {"accumulation": 2, **NO_CONTRAST, **AHEAD}), ((1, 1), NO_CONTRAST), 1e-5),
+        (((2, 2), {"accumulation": 2, **NO_CONTRAST, **AHEAD}), ((1, 1), NO_CONTRAST), 1e-5),
         # Blocks that are computed again in the backward pass.
         (((1, 1), RECOMPUTE), ((1, 1), {}), 0),
         (((2, 3), RECOMPUTE), ((2, 3), {}), 0),
