@@ -123,8 +123,8 @@ def test_every_deepspeed_file_loads(name):
 
     tree = ds_config.load(ROOT / "launch" / name)
     sizes = ds_config.batch_sizes(tree, world_size=32 if "v100" in name else 1)
-    if tree["train_batch_size"] != 24:
-        assert sizes.total == 256
+    small = {"ds_config_small.json": 16, "ds_config.json": 24, "ds_config_cpu_fp32.json": 24}
+    assert sizes.total == small.get(name, 256)
 
 
 def test_help_does_not_import_torch():
