@@ -187,12 +187,10 @@ class Recipe:
             self.watchdog.beat()
 
         on_log = functools.partial(self._log, stage, plan, module, engine.monitor)
-        ahead = stage.kind != "ssl" and self.config.distill.teacher_ahead
-        prepare = {"prepare": module.ask_ahead} if ahead else {}
         hooks = {"stop": self.stop, "on_log": on_log, "on_step": on_step, "on_bad": on_bad}
         try:
             with self.watchdog if distributed.world_size() > 1 else contextlib.nullcontext():
-                train_stage(engine, loader, plan, start_step=start, **hooks, **prepare)
+                train_stage(engine, loader, plan, start_step=start, prepare=self.parts.ahead(module), **hooks)
         finally:
             self.skipped.update(loader.skipped)
             loader.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 import fastsskd_kernels as kernels
 from fastsskd import distributed, ds_config, weights
 from fastsskd.bad_steps import SkippingAdamW
+from fastsskd.batch import Batch
 from fastsskd.class_map import load_class_map, why_features_only
 from fastsskd.config import Config, StageConfig
 from fastsskd.datasets import DataSets
@@ -141,6 +143,11 @@ class StageParts:
             reason = why_features_only(self.data.train.classes, teacher.classes, load_class_map(distill.class_map))
             self.folder.say(f"{stage.name}: the teacher gives features only: {reason}")
         return module
+
+    def ahead(self, module: Pretrain | Distill) -> Callable[[list[Batch]], list[Batch]]:
+        """What becomes of a step's micro-batches before the first of them is trained on: ``distill.teacher_ahead``."""
+        asks = isinstance(module, Distill) and self.config.distill.teacher_ahead
+        return module.ask_ahead if asks else list
 
     def loader(self, stage: Stage, teacher: Teacher | StoredAnswers | None) -> Loader:
         """This rank's training batches, at their beginning; the caller closes it."""
