@@ -142,8 +142,9 @@ def train(job: Job, batches: Iterable[Batch], seconds: float, warm_up: int = 1) 
         seed=0,
         log_every=2**31,
     )
+    hooks = {"stop": recorder, "on_step": recorder.on_step, "prepare": job.parts.ahead(job.module)}
     try:
-        train_stage(job.engine, source, plan, stop=recorder, on_step=recorder.on_step)
+        train_stage(job.engine, source, plan, **hooks)
     except Stopped:
         recorder.trace.first.append(source.first)
     return recorder.trace
