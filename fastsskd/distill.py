@@ -98,8 +98,10 @@ class Distill(nn.Module):
         With a teacher the batch carries the waveforms, or the answers: stored ones, or :meth:`ask_ahead`'s.
         """
         fbank, target = batch.fbank, self._targets(batch.label)
-        scores, features = batch.teacher_probs, batch.teacher_features
-        if self.asks and features is None:
+        scores = features = None
+        if batch.teacher_features is not None and self.teacher is not None:
+            scores, features = batch.teacher_probs, batch.teacher_features
+        elif self.asks:
             scores, features = self._teach(batch.waveform)
         if self.augmentation.mixup > 0 and len(batch) > 1:
             partner, ratio = mixup_partner(batch.seed, self.augmentation)
