@@ -28,6 +28,13 @@ SECONDS = 0.96
 """94 frames, padded to 96: a grid of 6 x 8 patches."""
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Whatever a test has run in this process: others compare digit by digit, and fork."""
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def make_batch():
     """A function that makes a batch of any clips; a clip's content and seed follow from its number alone."""
