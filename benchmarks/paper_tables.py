@@ -29,7 +29,7 @@ from paper_rows import METHODS, ROWS, SSL, TABLES, Entry
 from fastsskd.config import Config
 from fastsskd.config import load as load_config
 from fastsskd.errors import InputError, UsageError
-from fastsskd.kfold import plan
+from fastsskd.kfold import metrics_by_stage, plan
 from fastsskd.many_runs import Job, JobsFailed, run_many
 
 LAUNCHER = Path(__file__).parents[1] / "launch" / "train.py"
@@ -75,19 +75,12 @@ def of_folds(
     return [(Job(f"seed{seed}", (*overrides, f"run.seed={seed}")), None)]  # the manifest's own split
 
 
-def stage_metrics(result: dict, stage: str) -> dict | None:
-    """Metrics of a stage of a run, by its name or ``"ensemble"``; None if it has no such stage."""
-    if stage in ("teacher", "ensemble"):
-        found = result.get(stage)
-        return found["metrics"] if found and stage == "teacher" else found
-    number = int(stage.removeprefix("iter").partition("-")[0])
-    return next((own["metrics"] for own in result["iterations"] if own["iteration"] == number), None)
-
-
 def values_of(entry: Entry, results: dict[Key, dict], metric: str) -> dict[tuple[int | None, int], float]:
     """The metric of each training of a row, by fold and seed."""
     found = {
-        (fold, seed): stage_metrics(own, entry.stage) for (row, fold, seed), own in results.items() if row == entry.row
+        (fold, seed): metrics_by_stage(own).get(entry.stage)
+        for (row, fold, seed), own in results.items()
+        if row == entry.row
     }
     return {key: metrics[metric] for key, metrics in found.items() if metrics is not None}
 

@@ -88,7 +88,7 @@ class Distill(nn.Module):
         if not self.asks or sum(len(batch) > 0 for batch in batches) < 2:
             return batches
         counts = [len(batch) for batch in batches]
-        answers = self._teach(torch.cat([batch.waveform for batch in batches]))
+        answers = self.teach(torch.cat([batch.waveform for batch in batches]))
         rows = zip(batches, *(answer.split(counts) for answer in answers), strict=True)
         return [replace(b, waveform=None, teacher_probs=probs, teacher_features=own) for b, probs, own in rows]
 
@@ -102,7 +102,7 @@ class Distill(nn.Module):
         if batch.teacher_features is not None and self.teacher is not None:
             scores, features = batch.teacher_probs, batch.teacher_features
         elif self.asks:
-            scores, features = self._teach(batch.waveform)
+            scores, features = self.teach(batch.waveform)
         if self.augmentation.mixup > 0 and len(batch) > 1:
             partner, ratio = mixup_partner(batch.seed, self.augmentation)
             fbank = mix_fbank(fbank, partner, ratio, self.data.std)
@@ -133,7 +133,7 @@ class Distill(nn.Module):
         floor = 0.5 if self.multi_label else 1.0 / self.num_classes
         return target * (1.0 - share) + share * floor if share else target
 
-    def _teach(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
+    def teach(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher's class probabilities and clip features; in a 16-bit run it multiplies in 16 bits too."""
         return ask(self.teacher, waveform, self.columns, self.multi_label, self.model.patch_embed.weight.dtype)
 

@@ -183,9 +183,7 @@ def rate(
         InputError: checkpoints that do not go together, labels missing, or other classes than the model's.
     """
     manifest = open_manifest(source)
-    models = _load_all(checkpoints, manifest, device)
-    if average:
-        models = _load_averaged(checkpoints, manifest, device)
+    models = (_load_averaged if average else _load_all)(checkpoints, manifest, device)
     scores = mean_scores(models, manifest, batch_size, crops=crops, device=device, workers=workers)
     metrics = summarise(scores.probs, scores, manifest)
     clips = clip_scores(scores, manifest)

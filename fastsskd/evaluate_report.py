@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastsskd.metrics import NAMES
+
 
 def table(metrics: dict[str, Any]) -> str:
     """The totals with their intervals, the pairs of classes most often confused, then one line a class."""
     lines, interval = [], metrics["interval"] or {}
-    for name in ("accuracy", "top5", "mAP", "AUC", "d_prime"):
+    for name in NAMES:
         if metrics[name] is not None:
             lines.append(f"{name:<10} {metrics[name]:.4f}{_interval(interval, name)}")
     lines.append(

@@ -1,4 +1,4 @@
-"""What a machine can do: the cards that `fastsskd plan` knows, from their makers' data sheets.
+"""What a machine is and can do: the cards that `fastsskd plan` knows, from their makers' data sheets.
 
 A node is the maker's own server of eight: DGX-1V (4 x 100 Gb/s InfiniBand, 40 cores), DGX A100 (8 x 200 Gb/s, 128
 cores), DGX H100 and H200 (8 x 400 Gb/s, 112 cores).
@@ -6,7 +6,9 @@ cores), DGX H100 and H200 (8 x 400 Gb/s, 112 cores).
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -67,3 +69,16 @@ GPUS = {
         _hopper("H200", 141e9, 4800e9, 0.35),
     )
 }
+
+
+def find(name: str) -> Gpu | None:
+    """The card that a driver calls ``name``, such as ``"NVIDIA H200"``; None if it is none of ours."""
+    return next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in name), None)
+
+
+def cpu_name() -> str:
+    """Of this machine's processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    found = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(found, platform.processor() or platform.machine())

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsskd.alive import LAUNCHER_PID
+from fastsskd.distributed import cores_per_rank
 from fastsskd.progress import clock
 from fastsskd.run_folder import RESULT
 
@@ -53,8 +54,7 @@ class Settings:
     def threads_each(self) -> int | None:
         if self.threads or self.parallel == 1:
             return self.threads
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, cores // self.parallel)
+        return max(1, cores_per_rank() // self.parallel)
 
     def command(self, job: Job, resume: bool) -> list[str]:
         files = ["--ds_config", str(self.ds_config), "--config", str(self.config)]

@@ -18,10 +18,10 @@ from fastsskd.config import load as load_config
 from fastsskd.errors import InputError, UsageError
 from fastsskd.loader import open_manifest
 from fastsskd.many_runs import Job, run_many
-from fastsskd.metrics import classification_metrics
+from fastsskd.metrics import NAMES, classification_metrics
+from fastsskd.text_table import aligned
 
 RESULT = "kfold.json"
-METRICS = ("accuracy", "top5", "mAP", "AUC", "d_prime")
 WEIGHTS = {
     "last": "those of the last epoch",
     "average": "the mean of the last epochs'",
@@ -120,14 +120,14 @@ def summary(runs: dict[tuple[int, int], tuple[dict[str, Any], Path]]) -> dict[st
         set. ``runs``: each run's own metrics, folder and clips left out.
     """
     folds, seeds = (sorted({key[side] for key in runs}) for side in (0, 1))
-    metrics = {key: _by_row(result) for key, (result, _) in runs.items()}
+    metrics = {key: metrics_by_stage(result) for key, (result, _) in runs.items()}
     names = list(next(iter(metrics.values())))
     rows = {}
     for name in names:
         table = {key: own[name] for key, own in metrics.items()}
-        rows[name] = {metric: _spread(table, metric, folds, seeds) for metric in METRICS}
+        rows[name] = {metric: _spread(table, metric, folds, seeds) for metric in NAMES}
         pooled = [_pooled([runs[fold, seed][1] for fold in folds], name) for seed in seeds]
-        rows[name]["pooled"] = {metric: _mean([own[metric] for own in pooled]) for metric in METRICS}
+        rows[name]["pooled"] = {metric: _mean([own[metric] for own in pooled]) for metric in NAMES}
         rows[name] |= {"num_clips": pooled[0]["num_clips"], "num_classes": pooled[0]["num_classes"]}
     each = [
         {
@@ -143,8 +143,8 @@ def summary(runs: dict[tuple[int, int], tuple[dict[str, Any], Path]]) -> dict[st
     return {"folds": folds, "seeds": seeds, "rows": rows, "runs": each}
 
 
-def _by_row(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The metrics of a run by the name of the stage that they are of."""
+def metrics_by_stage(result: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
+    """The metrics in a ``result.json`` by their stage, ``"ensemble"`` among them; None where it has none."""
     found = {"teacher": result["teacher"]["metrics"]} if result["teacher"] else {}
     for iteration in result["iterations"]:
         found[f"iter{iteration['iteration']}-distill"] = iteration["metrics"]
@@ -152,7 +152,7 @@ def _by_row(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _short(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {name: metrics[name] for name in (*METRICS, "num_clips", "num_classes")}
+    return {name: metrics[name] for name in (*NAMES, "num_clips", "num_classes")}
 
 
 def _spread(
@@ -182,7 +182,7 @@ def _mean(values: list[float | None]) -> float | None:
 
 def _pooled(folders: list[Path], name: str) -> dict[str, Any]:
     """Metrics of all folds' evaluation clips, each with the scores of the model that was not trained on it."""
-    scores = score_file.pooled([score_file.load(folder / score_file.FOLDER / f"{name}.npz") for folder in folders])
+    scores = score_file.pooled([score_file.load(score_file.of_stage(folder, name)) for folder in folders])
     return classification_metrics(scores.probs, scores.label, scores.classes)
 
 
@@ -199,14 +199,11 @@ def table(found: dict[str, Any]) -> str:
             numbers = [own["folds"].get(str(fold)) for fold in found["folds"]]
             numbers += [own.get(what) for what in ("mean", "std_folds", "std_seeds")] + [row["pooled"][metric]]
             lines.append((name, *("-" if number is None else f"{number:.4f}" for number in numbers)))
-        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-        text += ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines] + [
-            ""
-        ]
+        text += [*aligned(lines), ""]
     row = next(iter(rows.values()))
     seeds = f"{len(found['seeds'])} seed{'s' if len(found['seeds']) > 1 else ''}"
     text.append(f"{row['num_clips']} clips, {row['num_classes']} classes; {len(found['folds'])} folds, {seeds}")
     skipped = len({key for run in found["runs"] for key in run["skipped"]})
     text += [f"{skipped} clip(s) left out, see result.json of the runs"] if skipped else []
     text.append(f"weights: {found['weights']}")
-    return "\n".join(line.rstrip() for line in text)
+    return "\n".join(text)

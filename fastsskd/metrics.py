@@ -9,6 +9,9 @@ import numpy as np
 from scipy.stats import norm
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+NAMES = ("accuracy", "top5", "mAP", "AUC", "d_prime")
+"""Of the metrics of a whole set, in the order in which they are shown."""
+
 
 def classification_metrics(probs: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, Any]:
     """Metrics over a whole evaluation set, each clip once.

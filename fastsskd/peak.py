@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from fastsskd import distributed, flops
+from fastsskd import distributed, flops, hardware
 from fastsskd.config import Config
-from fastsskd.hardware import GPUS
 from fastsskd.teachers.ensemble import Ensemble
 from fastsskd.teachers.ours import OwnTeacher
 
@@ -29,8 +28,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
     """
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        known = next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in name), None)
+        known = hardware.find(torch.cuda.get_device_name(device))
         if known is not None:
             return known.matrix32 if precision == "fp32" else known.matrix16
     matrix = torch.ones(_SIDE, _SIDE, dtype=DTYPES[precision], device=device)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastsskd import config as configuration
-from fastsskd import ds_config, plan, plan_cost, plan_loader, plan_measured, weights
+from fastsskd import ds_config, hardware, plan, plan_cost, plan_loader, plan_measured, weights
 from fastsskd.config import Config
 from fastsskd.errors import InputError, UsageError
 from fastsskd.hardware import GPUS, Gpu
@@ -105,7 +105,7 @@ def choose_gpu(name: str | None, precision: str) -> Gpu:
 
 def this_machine(measured: Measured) -> Gpu:
     """The machine that was measured: one card or CPU a node, 10 Gb/s between them, unless it is a card we know."""
-    known = next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in measured.device and measured.on_gpu), None)
+    known = hardware.find(measured.device) if measured.on_gpu else None
     own = {"name": measured.device, "memory": measured.memory, "cores": measured.cores}
     if known is not None:
         return dataclasses.replace(known, **own)

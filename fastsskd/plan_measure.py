@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-import platform
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 import fastsskd_kernels as kernels
-from fastsskd import distributed, ds_config
+from fastsskd import distributed, ds_config, hardware
 from fastsskd import plan_memory as memory
 from fastsskd.bad_steps import SkippingAdamW
 from fastsskd.batch import Batch
@@ -90,7 +89,7 @@ def measure(
     if clips is not None and not on_gpu:
         beside = _loading_beside(setting, last, own_teachers, large, clips)
     return Measured(
-        device=torch.cuda.get_device_name() if on_gpu else f"{_cpu_name()}, {os.cpu_count()} cores",
+        device=torch.cuda.get_device_name() if on_gpu else f"{hardware.cpu_name()}, {os.cpu_count()} cores",
         on_gpu=on_gpu,
         cores=distributed.cores_per_rank(),
         memory=float(torch.cuda.get_device_properties(0).total_memory if on_gpu else _machine_memory()),
@@ -263,13 +262,6 @@ def loader_seconds(clips: Manifest, config: Config, device: torch.device, most: 
     spent = time.process_time() - begin
     loader.close()
     return spent / done
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    found = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return next(found, platform.processor() or platform.machine())
 
 
 def _machine_memory() -> int:

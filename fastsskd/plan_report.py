@@ -15,6 +15,7 @@ from fastsskd.plan_cost import ASSUMED
 from fastsskd.plan_job import PAPER_BATCH, PAPER_GPUS, PAPER_HOURS, Clips
 from fastsskd.plan_loader import SOURCES, LoaderCost
 from fastsskd.plan_measured import Measured
+from fastsskd.text_table import aligned
 
 PAPER_TREE = {
     "train_batch_size": PAPER_BATCH,
@@ -111,7 +112,7 @@ def _memory(job: Job, plans: Sequence[Plan]) -> list[str]:
     marked = [note for note in notes if any(one.grown for one in plans)]
     if any("!" in cell for row in rows for cell in row):
         marked.append("! does not fit: a smaller train_micro_batch_size_per_gpu, see the last column, or checkpointing")
-    return [f"GB on one GPU (of {job.gpu.memory / 1e9:.0f}), by ZeRO stage:", *_aligned(rows), *marked]
+    return [f"GB on one GPU (of {job.gpu.memory / 1e9:.0f}), by ZeRO stage:", *aligned(rows, right=True), *marked]
 
 
 def _parts(job: Job, one: Plan) -> list[str]:
@@ -131,7 +132,7 @@ def _steps(plans: Sequence[Plan]) -> list[str]:
             whole = f"{one.hours:.3g}" if kind == next(iter(one.stages)) else ""
             hours = f"{step.hours:.3g}" if step.hours else "no batch"  # fewer clips than that
             rows.append((str(one.gpus), kind, *cells, step.bound, f"{step.clips_per_second:.4g}", hours, whole))
-    return ["A step, and the hours of a stage and of an iteration:", *_aligned(rows)]
+    return ["A step, and the hours of a stage and of an iteration:", *aligned(rows, right=True)]
 
 
 def _sent(plans: Sequence[Plan]) -> list[str]:
@@ -141,7 +142,7 @@ def _sent(plans: Sequence[Plan]) -> list[str]:
         rows.append((str(one.gpus), *cells, *(f"{step.sent / 1e6:.0f}" for step in one.stages.values())))
     first = next(iter(plans[0].stages))
     title = f"MB that each GPU sends in a step: gradients and weights of {first}; with the contrast's features:"
-    return [title, *_aligned(rows)]
+    return [title, *aligned(rows, right=True)]
 
 
 def _loader(job: Job, plans: Sequence[Plan]) -> list[str]:
@@ -155,7 +156,7 @@ def _loader(job: Job, plans: Sequence[Plan]) -> list[str]:
         rows.append((str(one.gpus), f"{rate:.0f}", *cores, *disk))
     chosen = SOURCES[job.loader.source]
     title = f"Each node's loader, at the fastest stage (of {job.gpu.cores} cores; planned with {chosen}):"
-    return [title, *_aligned(rows)]
+    return [title, *aligned(rows, right=True)]
 
 
 def sources(job: Job) -> Mapping[str, LoaderCost]:
@@ -225,8 +226,3 @@ def _measured(job: Job, measured: Measured) -> list[str]:
     if not job.on_gpu:
         lines.append(f"a process holds {measured.base / 1e9:.2f} GB besides, at that size")
     return lines
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

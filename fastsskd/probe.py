@@ -22,12 +22,12 @@ from fastsskd.datasets import refuse_unlabelled
 from fastsskd.errors import InputError
 from fastsskd.evaluate import evaluation_loader
 from fastsskd.health import effective_rank
-from fastsskd.metrics import classification_metrics
+from fastsskd.metrics import NAMES, classification_metrics
 from fastsskd.model import ACM, build_model
 from fastsskd.split import split
+from fastsskd.text_table import aligned
 from fastsskd.weights import ModelInfo, load_model
 
-METRICS = ("accuracy", "top5", "mAP", "AUC", "d_prime")
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Of the linear probe: scikit-learn's C, the inverse of the L2 penalty, on standardised features."""
 TEMPERATURE = 0.07
@@ -133,7 +133,7 @@ def rate(train: Labelled, test: Labelled, clips: Manifest, *, k: int, seed: int)
 
 def _numbers(probs: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> dict[str, Any]:
     metrics = classification_metrics(probs, labels, classes)
-    return {name: metrics[name] for name in (*METRICS, "num_classes")}
+    return {name: metrics[name] for name in (*NAMES, "num_classes")}
 
 
 def neighbours(x: np.ndarray, y: np.ndarray, test: np.ndarray, num_classes: int, k: int) -> np.ndarray:
@@ -223,12 +223,10 @@ def table(found: dict[str, Any]) -> str:
         numbers = [_number(own[kind][metric]) for kind in ("knn", "linear") for metric in names]
         rank = f"{own['effective_rank']:.1f} of {own['rank_limit']}"
         rows.append((label, *numbers, rank, f"{own['std']:.4f}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     counts = f"{found['num_train']} clips to learn from, {found['num_eval']} to rate, {found['num_classes']} classes"
     dims = f"{found['trained']['dim']} dimensions, {found['k']} neighbours, C = {found['trained']['linear']['C']:g}"
     skipped = f"; {len(found['skipped'])} clip(s) left out" if found["skipped"] else ""
-    return "\n".join([*text, f"{counts}; {dims}{skipped}"])
+    return "\n".join([*aligned(rows), f"{counts}; {dims}{skipped}"])
 
 
 def _number(value: float | None) -> str:

@@ -6,14 +6,14 @@ import dataclasses
 import datetime
 import math
 import os
-import platform
 from typing import Any
 
 import torch
 
+from fastsskd import hardware
 from fastsskd.profile import Profile
 from fastsskd.profile_advice import Advice, contention
-from fastsskd.profile_stats import Interval, number
+from fastsskd.profile_stats import Interval, number, together
 from fastsskd.profile_verdict import Found, StageCost
 from fastsskd.run_folder import versions
 
@@ -27,9 +27,8 @@ RUNS = {
 
 def rates(found: Found) -> dict[str, Interval]:
     """Clips a second of the four runs, over all ranks."""
-    synthetic = [rank.synthetic for rank in found.ranks]
-    whole = Interval(*(sum(getattr(rate, end) for rate in synthetic) for end in ("value", "low", "high")))
-    return {"synthetic": whole, "cached": found.step, "loader": found.loader, "end_to_end": found.end_to_end}
+    synthetic = together([rank.synthetic for rank in found.ranks])
+    return {"synthetic": synthetic, "cached": found.step, "loader": found.loader, "end_to_end": found.end_to_end}
 
 
 def text(result: Profile) -> str:
@@ -147,18 +146,12 @@ def machine() -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "cpu": cpu_name(),
+        "cpu": hardware.cpu_name(),
         "cores": os.cpu_count(),
         "gpu": device,
         "load_average": [round(value, 1) for value in os.getloadavg()],
         "versions": versions(),
     }
-
-
-def cpu_name() -> str:
-    with open("/proc/cpuinfo", encoding="utf-8") if os.path.exists("/proc/cpuinfo") else open(os.devnull) as file:
-        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def stamp(result: Profile) -> str:

@@ -13,17 +13,14 @@ from typing import Any
 
 import torch
 
-import fastsskd_kernels as kernels
 from fastsskd import distributed
 from fastsskd.augment import augment
 from fastsskd.batch import Batch
 from fastsskd.errors import InputError
-from fastsskd.patches import PATCH
 from fastsskd.profile_job import Job
 from fastsskd.profile_silence import silence
 from fastsskd.profile_stats import Interval, median_interval
-from fastsskd.teachers import ask
-from fastsskd.views import make_views
+from fastsskd.views import draw_masks, make_views
 
 LEAST, MOST = 3, 200
 """Repetitions of each part."""
@@ -91,30 +88,15 @@ def _less(whole: tuple[float, float], part: tuple[float, float]) -> tuple[float,
 def _preparations(job: Job, batch: Batch) -> dict[str, Callable[[], Any]]:
     """What happens inside a module before the model."""
     if job.stage.kind == "ssl":
-        return {"masks": lambda: masks(job, batch), "views": lambda: make_views(batch, job.config.mask)}
+        return {
+            "masks": lambda: draw_masks(batch, job.config.mask),
+            "views": lambda: make_views(batch, job.config.mask),
+        }
     module, made = job.module, {}
     if job.needs_waveform:
-        dtype, multi_label = module.model.patch_embed.weight.dtype, module.multi_label
-        made["teacher"] = lambda: ask(job.teacher, batch.waveform, module.columns, multi_label, dtype)
+        made["teacher"] = lambda: module.teach(batch.waveform)
     made["augmentation"] = lambda: augment(batch.fbank, batch.seed, job.config.augment, module.num_frames)
     return made
-
-
-def masks(job: Job, batch: Batch) -> None:
-    """The draws of :func:`fastsskd.views.make_views`, without the views."""
-    config, grid = job.config.mask, (batch.fbank.shape[1] // PATCH, batch.fbank.shape[2] // PATCH)
-    kernels.inter_patch_mask(kernels.patch_weight(batch.hog), config.inter_ratio, generator=batch.seed)
-    kernels.intra_patch_mask(
-        len(batch),
-        grid,
-        patch=PATCH,
-        generator=batch.seed,
-        max_share=config.intra_max_share,
-        p_time=config.intra_p_time,
-        p_freq=config.intra_p_freq,
-        p_both=1.0 - config.intra_p_time - config.intra_p_freq,
-        max_width=config.intra_max_width,
-    )
 
 
 @torch.no_grad()

@@ -21,7 +21,6 @@ from fastsskd.profile_job import Job, say
 from fastsskd.profile_runs import endless, train
 from fastsskd.profile_stats import Interval, median_interval
 from fastsskd.stored_answers import StoredAnswers
-from fastsskd.teachers import ask
 
 ROUNDS = 3
 MOST = 4  # pieces of advice that are tried
@@ -93,9 +92,7 @@ def _pack(job: Job, one: Advice, stack: contextlib.ExitStack) -> Trial:
 def _teacher(job: Job, one: Advice, stack: contextlib.ExitStack) -> Trial:
     """The same answers for every batch, as if they had been stored."""
     module, answers = job.module, object.__new__(StoredAnswers)  # one that is asked nothing and has no folder
-    dtype = module.model.patch_embed.weight.dtype
-    silence = torch.zeros(job.sizes.micro, job.config.num_samples, device=job.device)
-    probs, features = ask(job.teacher, silence, module.columns, module.multi_label, dtype)
+    probs, features = module.teach(torch.zeros(job.sizes.micro, job.config.num_samples, device=job.device))
     real = module._outside
 
     def change(batches: Iterator[Batch]) -> Iterator[Batch]:

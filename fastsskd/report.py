@@ -11,6 +11,7 @@ from fastsskd.health import VIEWS
 from fastsskd.report_data import read_run
 from fastsskd.report_page import page
 from fastsskd.run_folder import read_metrics
+from fastsskd.text_table import aligned
 
 PAGE = "report.html"
 
@@ -56,20 +57,15 @@ def table(path: Path, result: dict[str, Any]) -> str:
         rows.append((name, "" if loss is None else f"{loss:.3f}", *_scores(stage["metrics"]), *_speed(stage)))
     if result["ensemble"]:
         rows.append(("ensemble", "", *_scores(result["ensemble"]), "", ""))
-    text = _aligned(rows)
+    text = aligned(rows)
     terms = [(name, _terms(stage.get("losses", {}))) for name, stage in named]
-    text += ["", "Terms of the loss, mean of the last epoch:", *_aligned(terms), ""]
+    text += ["", "Terms of the loss, mean of the last epoch:", *aligned(terms), ""]
     healths = [(name, _health(stage["health"])) for name, stage in named if stage.get("health")]
     if healths:
-        text += ["Health of Multi-SSL, last epoch:", *_aligned(healths), ""]
+        text += ["Health of Multi-SSL, last epoch:", *aligned(healths), ""]
     counts = f"{result['num_train']} training clips, {result['num_eval']} for evaluation"
     text.append(f"{counts}{_chance(result['metrics'])}; see {path}/result.json")
     return "\n".join(text + _skipped(path, result["skipped"]))
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _skipped(path: Path, skipped: dict[str, str]) -> list[str]:

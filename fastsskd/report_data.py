@@ -15,7 +15,7 @@ from fastsskd import config, score_file
 from fastsskd.confusion import confusion_matrix, most_confused
 from fastsskd.errors import InputError
 from fastsskd.health import Watch
-from fastsskd.run_folder import BAD_STEPS, METRICS, PROGRESS, RESULT, read_metrics
+from fastsskd.run_folder import BAD_STEPS, METRICS, PROGRESS, RESULT, read_lines, read_metrics
 from fastsskd.score_file import ClipScores
 
 HARDEST = 20
@@ -112,7 +112,7 @@ def read_run(path: str | Path) -> RunData:
         changed=_changed(settings),
         deepspeed=deepspeed,
         skipped=_skipped(path, result, progress),
-        bad_steps=_json_lines(path / BAD_STEPS),
+        bad_steps=read_lines(path / BAD_STEPS),
         num_train=progress.get("num_train"),
         num_eval=progress.get("num_eval"),
         unreadable=unreadable,
@@ -128,16 +128,6 @@ def _json(file: Path, unreadable: list[str]) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         unreadable.append(f"{file.name}: {error}")
         return {}
-
-
-def _json_lines(file: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # cut short by a kill
-            continue
-    return found
 
 
 def _settings(file: Path, unreadable: list[str]) -> dict[str, Any]:
@@ -182,9 +172,10 @@ def _stages(path: Path, progress: dict[str, Any], settings: dict[str, Any], unre
         own = [line for line in lines if line["stage"] == name]
         summary = done.get(name, {})
         scores = None
-        if (path / score_file.FOLDER / f"{name}.npz").exists():
+        file = score_file.of_stage(path, name)
+        if file.exists():
             try:
-                scores = score_file.load(path / score_file.FOLDER / f"{name}.npz")
+                scores = score_file.load(file)
             except InputError as error:
                 unreadable.append(str(error))
         pictures = sorted((path / "plots").glob(f"{name}-views-epoch*.png"))

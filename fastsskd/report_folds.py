@@ -9,8 +9,8 @@ from typing import Any
 
 from fastsskd import score_file
 from fastsskd.errors import InputError
-from fastsskd.kfold import METRICS, RESULT
-from fastsskd.metrics import classification_metrics
+from fastsskd.kfold import RESULT
+from fastsskd.metrics import NAMES, classification_metrics
 from fastsskd.report_html import document, note, section, table
 from fastsskd.report_scores import classes, mistakes
 from fastsskd.score_file import ClipScores
@@ -41,7 +41,7 @@ def read_folds(path: Path) -> dict[str, Any]:
 def folds_page(path: Path, found: dict[str, Any]) -> str:
     """The whole page."""
     last = next(name for name in reversed(found["rows"]) if name != "ensemble")
-    parts = [_head(path, found), *(_metric(found, metric) for metric in METRICS), _runs(found)]
+    parts = [_head(path, found), *(_metric(found, metric) for metric in NAMES), _runs(found)]
     scores = _pooled(path, found, last)
     if scores is not None:
         title = f"{last}, clips of all folds"
@@ -87,7 +87,7 @@ def _pooled(path: Path, found: dict[str, Any], stage: str) -> ClipScores | None:
     """Scores of all folds' clips, each by the model that was not trained on it, of the first seed; None if not kept."""
     seed = found["seeds"][0]
     folders = [path / Path(run["folder"]).name for run in found["runs"] if run["seed"] == seed]
-    files = [folder / score_file.FOLDER / f"{stage}.npz" for folder in folders]
+    files = [score_file.of_stage(folder, stage) for folder in folders]
     try:
         return score_file.pooled([score_file.load(file) for file in files])
     except InputError:

@@ -246,8 +246,13 @@ class RunFolder:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; one that a kill or a full disk cut short is not among them."""
-    file, found = path / METRICS, []
+    """The lines of a run's metrics.jsonl."""
+    return read_lines(path / METRICS)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines; one that a kill or a full disk cut short is not among them."""
+    found = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))

@@ -19,6 +19,11 @@ FOLDER = "scores"
 """In a run's folder: ``scores/<stage>.npz`` of each stage that was evaluated, and ``scores/ensemble.npz``."""
 
 
+def of_stage(run: Path, stage: str) -> Path:
+    """The file of a stage in a run's folder."""
+    return run / FOLDER / f"{stage}.npz"
+
+
 @dataclass(frozen=True)
 class ClipScores:
     """Class probabilities ``probs (n, C)`` of clips, their keys, labels ``(n,)`` or ``(n, C)``, the classes' names."""

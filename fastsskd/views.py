@@ -37,8 +37,8 @@ class Views:
     weight: Tensor
 
 
-def make_views(batch: Batch, config: MaskConfig) -> Views:
-    """Build the views of a batch; no gradient, no waiting for the device."""
+def draw_masks(batch: Batch, config: MaskConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Formula 1's weight of each patch ``(B, N)``; the inter mask ``(B, N)`` and the intra mask ``(B, T, F)``, bool."""
     grid_size = (batch.fbank.shape[1] // PATCH, batch.fbank.shape[2] // PATCH)
     weight = kernels.patch_weight(batch.hog)
     # Formula 1 as printed is an option of the draw alone: Formula 2 prints the Gaussian.
@@ -56,6 +56,12 @@ def make_views(batch: Batch, config: MaskConfig) -> Views:
         p_both=1.0 - config.intra_p_time - config.intra_p_freq,
         max_width=config.intra_max_width,
     )
+    return weight, inter_mask, intra_mask
+
+
+def make_views(batch: Batch, config: MaskConfig) -> Views:
+    """Build the views of a batch; no gradient, no waiting for the device."""
+    weight, inter_mask, intra_mask = draw_masks(batch, config)
     raw, masked = patchify(batch.fbank), patchify(intra_mask)
     # Every clip masks the same number of patches, so the count is known without asking the device.
     num_visible = inter_mask.shape[1] - round(config.inter_ratio * inter_mask.shape[1])

@@ -22,7 +22,7 @@ SOURCES = [
 FLOORS = (
     "errors batch distributed durable skip_log audio_info clip_bytes audio_chunks audio_flac audio_ogg audio_file "
     "audio_mp3 alive bad_steps audio_ffmpeg clip_file ffmpeg_process any_audio clip_encoding sound_synthesis "
-    "profile_stats foreign row_file stored_scores hardware start_report vit_file config_rules "
+    "profile_stats foreign row_file stored_scores hardware text_table start_report vit_file config_rules "
     "windows npy_file",
     "config ds_config class_map patches clip_table clip_columns files_present split manifest listed_layouts tar_layout "
     "layouts sound_events config_help",

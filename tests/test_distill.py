@@ -357,7 +357,7 @@ def test_the_teacher_multiplies_in_the_student_s_precision(make_model, make_batc
 
     teacher, batch = Asks(), make_batch(waveform=True)
     module = make_distill(used_model(make_model).to(dtype), teacher=teacher)
-    scores, features = module._teach(batch.waveform)
+    scores, features = module.teach(batch.waveform)
     assert teacher.precision == dtype and scores.dtype == features.dtype == torch.float32
     exact = FixedTeacher()(batch.waveform)[1].detach()
     assert (features - exact).abs().max() <= (0 if dtype == torch.float32 else 0.02) * exact.abs().max()

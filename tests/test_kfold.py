@@ -11,6 +11,7 @@ from fastsskd import kfold, manifest, score_file
 from fastsskd.clip_columns import from_columns
 from fastsskd.config import from_dict
 from fastsskd.errors import InputError, UsageError
+from fastsskd.metrics import NAMES
 from fastsskd.score_file import ClipScores
 
 
@@ -82,7 +83,7 @@ def fake_run(folder, fold, seed, accuracy):
     keys, label = np.array([f"{fold}-{i}" for i in range(3)]), np.array([0, 1, 1])
     scores = ClipScores(keys, label, random.random((3, 2)), ("a", "b"))
     score_file.save(folder / "scores/iter1-distill.npz", scores)
-    metrics = {**dict.fromkeys(kfold.METRICS, accuracy), "top5": None, "num_clips": 3, "num_classes": 2}
+    metrics = {**dict.fromkeys(NAMES, accuracy), "top5": None, "num_clips": 3, "num_classes": 2}
     result = {"teacher": None, "iterations": [{"iteration": 1, "metrics": metrics}], "ensemble": None}
     return {**result, "num_train": 6, "skipped": {"x": "broken"}}, folder
 

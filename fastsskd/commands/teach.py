@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from fastsskd.commands.arguments import command, positive
+from fastsskd.commands.arguments import command, device, positive
 from fastsskd.errors import UsageError
 
 EXAMPLES = """
@@ -45,8 +45,6 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
-
     from fastsskd.loader import open_manifest
     from fastsskd.teach import Options, teach
 
@@ -54,10 +52,12 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--seconds {args.seconds}: choose 0.16 to 60")
     names = ("crops", "top_k", "seconds", "seed", "precision", "teacher_classes", "class_map")
     options = Options(tuple(args.teacher), **{name: getattr(args, name) for name in names})
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch finds no GPU here; leave it out to use the CPU")
-    run = {"device": device, "batch_size": args.batch_size, "workers": args.workers or 0, "quiet": args.quiet}
+    run = {
+        "device": device(args.device),
+        "batch_size": args.batch_size,
+        "workers": args.workers or 0,
+        "quiet": args.quiet,
+    }
     result = teach(open_manifest(args.manifest), args.out, options, source=args.manifest, **run)
     bad = f", {result['bad']} clips are bad, see {args.out}/rejected.tsv" if result["bad"] else ""
     print(f"{args.out} is complete: {result['stored']} crops of {result['clips']} clips{bad}", file=sys.stderr)
