@@ -6,7 +6,7 @@ The folder ``kernels/`` installs as ``fastsskd_kernels``: the name ``kernels`` b
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 VERSION = "0.1.0"
 
@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     package_dir={"fastsskd": "fastsskd", "fastsskd_kernels": "kernels"},
-    packages=["fastsskd", "fastsskd.commands", "fastsskd.teachers", "fastsskd_kernels"],
+    packages=[*find_packages(include=["fastsskd", "fastsskd.*"]), "fastsskd_kernels"],
     install_requires=[
         "torch>=2.11,<2.12",
         "torchaudio>=2.11,<2.12",

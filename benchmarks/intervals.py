@@ -16,7 +16,7 @@ import common
 import numpy as np
 from sklearn.metrics import average_precision_score
 
-from fastsskd import intervals
+from fastsskd.evaluation import intervals
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = ((80, 10, 1.5), (80, 10, 2.5), (320, 10, 2.0), (400, 50, 2.5), (2000, 50, 2.5))
@@ -60,7 +60,7 @@ def coverage(n: int, c: int, separation: float, sets: int, resamples: int) -> di
 
 
 def percentiles(scores: np.ndarray, labels: np.ndarray, resamples: int, seed: int) -> dict[str, list[float]]:
-    """The plain percentile intervals of :func:`~fastsskd.intervals.bootstrap`'s own resamples."""
+    """The plain percentile intervals of :func:`~fastsskd.evaluation.intervals.bootstrap`'s own resamples."""
     plain, ours = lambda values, found: np.quantile(values, [0.025, 0.975]).tolist(), intervals._range
     intervals._range = plain
     try:

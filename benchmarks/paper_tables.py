@@ -29,7 +29,7 @@ from paper_rows import METHODS, ROWS, SSL, TABLES, Entry
 from fastsskd.config import Config
 from fastsskd.config import load as load_config
 from fastsskd.errors import InputError, UsageError
-from fastsskd.kfold import metrics_by_stage, plan
+from fastsskd.evaluation.kfold import metrics_by_stage, plan
 from fastsskd.many_runs import Job, JobsFailed, run_many
 
 LAUNCHER = Path(__file__).parents[1] / "launch" / "train.py"
@@ -180,7 +180,7 @@ def train_tables(args: argparse.Namespace) -> list[dict]:
 
 def checkpoint_table(args: argparse.Namespace, number: int) -> dict:
     """Tables 10 to 12: the paper's list, then the checkpoints on the manifest."""
-    from fastsskd.evaluate import evaluate
+    from fastsskd.evaluation.evaluate import evaluate
     from fastsskd.loader import open_manifest
 
     title, methods = METHODS[number]

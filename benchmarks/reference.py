@@ -10,9 +10,9 @@ beside another run's curves.
 import argparse
 from pathlib import Path
 
-from fastsskd import reference
 from fastsskd.figures import loss_curves
-from fastsskd.report_data import read_run
+from fastsskd.report import reference
+from fastsskd.report.data import read_run
 
 RESULTS = Path(__file__).parent / "results/reference"
 

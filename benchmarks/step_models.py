@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from timm.models.vision_transformer import Block
 
+from fastsskd.answers.stored import StoredAnswers
 from fastsskd.config import AugmentConfig, DataConfig, DistillConfig
 from fastsskd.distill import Distill
 from fastsskd.model import build_model
-from fastsskd.stored_answers import StoredAnswers
 from fastsskd.teachers import Teacher
 from fastsskd.teachers.beats import BeatsTeacher
 from fastsskd.teachers.beats_model import Beats, BeatsConfig

@@ -25,13 +25,14 @@ import torch
 from step_models import CLASSES, SECONDS, save_ast, student
 from train_step import DEVICE, GPU, Setting, one_step, seconds_of
 
-from fastsskd import distributed, stored_scores
+from fastsskd import distributed
+from fastsskd.answers import scores as stored_scores
+from fastsskd.answers.stored import StoredAnswers
+from fastsskd.answers.teach import Options, teach
 from fastsskd.batch import Batch
 from fastsskd.clip_columns import from_columns
 from fastsskd.loader import Loader
 from fastsskd.manifest import Manifest
-from fastsskd.stored_answers import StoredAnswers
-from fastsskd.teach import Options, teach
 from fastsskd.teachers import Teacher, load_teacher
 
 RESULTS = Path(__file__).parent / "results"

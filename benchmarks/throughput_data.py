@@ -18,8 +18,9 @@ from scipy.signal import resample_poly
 from throughput_peers import loop_to_length, normalise, torchaudio_fbank
 
 import fastsskd_kernels as kernels
-from fastsskd import layouts, manifest
+from fastsskd import manifest
 from fastsskd.clip_columns import from_columns
+from fastsskd.layouts import index as layouts
 from fastsskd.sound_synthesis import CLASSES
 
 RATE, SAMPLES = 16_000, 160_000

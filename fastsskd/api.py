@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastsskd.audio_info import SAMPLE_RATE, BadClip
+from fastsskd.audio.info import SAMPLE_RATE, BadClip
 from fastsskd.distributed import cores_per_rank
-from fastsskd.embed import embed
 from fastsskd.errors import InputError, UsageError
-from fastsskd.listen import Listener
-from fastsskd.loaded import LEVELS, Loaded
-from fastsskd.predict import Choice, predict
-from fastsskd.sources import Recording, Samples, Source
-from fastsskd.windows import Cut
+from fastsskd.inference.embed import embed
+from fastsskd.inference.listen import Listener
+from fastsskd.inference.loaded import LEVELS, Loaded
+from fastsskd.inference.predict import Choice, predict
+from fastsskd.inference.sources import Recording, Samples, Source
+from fastsskd.inference.windows import Cut
 
 
 class Model:
@@ -82,11 +82,12 @@ class Model:
             sample_rate: Hz of samples.
             top_k: at most so many classes.
             threshold: only classes with at least this score, and ``events``.
-            window, hop: seconds, see :meth:`fastsskd.loaded.Loaded.cut`.
+            window, hop: seconds, see :meth:`fastsskd.inference.loaded.Loaded.cut`.
             batch_size: windows heard at a time.
 
         Returns:
-            A :class:`~fastsskd.predict.Prediction`, which is a list of (class, score), best first; or a list of them.
+            A :class:`~fastsskd.inference.predict.Prediction`, which is a list of (class, score), best first; or a
+            list of them.
 
         Raises:
             InputError: a recording that cannot be used, or a model without classes.
@@ -112,7 +113,7 @@ class Model:
 
         Args:
             source, sample_rate, window, hop, batch_size: as in :meth:`classify`.
-            level: one of :data:`~fastsskd.loaded.LEVELS`.
+            level: one of :data:`~fastsskd.inference.loaded.LEVELS`.
 
         Returns:
             float32: ``(D,)`` of a clip; ``(W, D)``, ``(W, T, D)``, ``(W, N, D)`` of its W windows, their frames or

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 import fastsskd_kernels as kernels
-from fastsskd.audio_file import BadClip, probe
-from fastsskd.audio_info import SAMPLE_RATE
+from fastsskd.audio.file import BadClip, probe
+from fastsskd.audio.info import SAMPLE_RATE
 from fastsskd.clip_bytes import ShardFiles
 from fastsskd.clip_reader import ClipReader, Crop, open_clip
 from fastsskd.errors import InputError

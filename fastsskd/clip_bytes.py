@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastsskd.audio_info import BadClip
+from fastsskd.audio.info import BadClip
 
 HEAD = 512
 """Bytes that are read at once at the start of a clip: most headers lie in them."""

@@ -3,7 +3,7 @@
 import io
 import mmap
 
-from fastsskd.audio_info import BadClip, Sliceable
+from fastsskd.audio.info import BadClip, Sliceable
 from fastsskd.clip_bytes import ClipBytes, OpenFile
 
 IN_MEMORY = 1 << 26

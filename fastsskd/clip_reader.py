@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 import fastsskd_kernels as kernels
-from fastsskd.audio_file import AudioInfo, BadClip, check_decoded, probe
-from fastsskd.audio_flac import flac_extent, flac_stream
-from fastsskd.audio_info import SAMPLE_RATE
+from fastsskd.audio.file import AudioInfo, BadClip, check_decoded, probe
+from fastsskd.audio.flac import flac_extent, flac_stream
+from fastsskd.audio.info import SAMPLE_RATE
 from fastsskd.clip_bytes import ClipBytes, OpenFile, ShardFiles
 from fastsskd.clip_table import PACKED, Manifest
 from fastsskd.decode import Decoded, DecodeError, Decoder

@@ -3,7 +3,7 @@
 A `Manifest` is an immutable view of an Arrow table plus an optional row selection. Nothing is ever copied out of the
 table until it is asked for, so a memory-mapped table of 2 M clips costs a rank almost nothing and all ranks of a node
 share its pages. Reading and writing it on disk is `fastsskd.manifest`; making one from a data set is
-`fastsskd.layouts`.
+`fastsskd.layouts.index`.
 """
 
 import hashlib

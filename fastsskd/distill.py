@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsskd import losses
+from fastsskd.answers.stored import StoredAnswers
 from fastsskd.augment import augment, mix_fbank, mixup_partner
 from fastsskd.batch import Batch
 from fastsskd.class_map import teacher_columns
@@ -17,7 +18,6 @@ from fastsskd.config import AugmentConfig, DataConfig, DistillConfig
 from fastsskd.errors import UsageError
 from fastsskd.model import ACM
 from fastsskd.stochastic_depth import draw_depth
-from fastsskd.stored_answers import StoredAnswers
 from fastsskd.teachers import Teacher, ask
 
 

@@ -17,14 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastsskd import config, distributed, layouts, listed_layouts, manifest, skip_log
-from fastsskd.audio_info import SAMPLE_RATE
+from fastsskd import config, distributed, manifest, skip_log
+from fastsskd.answers.stored import Crops
+from fastsskd.audio.info import SAMPLE_RATE
 from fastsskd.batch import Batch
 from fastsskd.clip_table import PACKED
 from fastsskd.errors import InputError
+from fastsskd.layouts import index as layouts
+from fastsskd.layouts import listed as listed_layouts
 from fastsskd.patches import NUM_MEL_BINS, num_input_frames
 from fastsskd.sampler import Sampler
-from fastsskd.stored_answers import Crops
 from fastsskd.stream import PART, Stream, StreamSettings
 
 __all__ = ["Batch", "Loader", "default_workers", "open_manifest"]
@@ -50,7 +52,7 @@ class Loader:
             ``MAX_AHEAD`` bytes.
         waveform: put the waveform in the batch, for a teacher that has its own features.
         crops: which crops to hear instead of a new one of each clip every epoch (``start``'s, if not ``train``); if
-            they are those of :class:`~fastsskd.stored_answers.StoredAnswers`, the answers are put in the batch.
+            they are those of :class:`~fastsskd.answers.stored.StoredAnswers`, the answers are put in the batch.
         start: where the crop of a clip lies when not training, 0 = at its start, 1 = at its end; see
             ``kernels.crop_start``.
         mean, std: normalisation, ``(x - mean) / (2 * std)``.

@@ -35,7 +35,7 @@ from fastsskd.clip_table import (
     one_chunk,
 )
 from fastsskd.errors import InputError
-from fastsskd.files_present import keep_present
+from fastsskd.layouts.files_present import keep_present
 from fastsskd.split import split
 
 __all__ = ["Manifest", "keep_existing", "load", "mark_bad", "save", "split"]

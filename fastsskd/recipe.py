@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
-from fastsskd import checkpoint, distributed, ds_config, engine_state, health, peak, score_file, weights
+from fastsskd import checkpoint, distributed, ds_config, engine_state, health, peak, weights
 from fastsskd.alive import Watchdog
 from fastsskd.bad_steps import BadStep
 from fastsskd.config import Config
 from fastsskd.datasets import open_data
 from fastsskd.engine import Log, StagePlan, StopFlag, Stopped, train_stage
 from fastsskd.errors import InputError, SharedError
-from fastsskd.evaluate import clip_scores, mean_scores, summarise
+from fastsskd.evaluation import score_file
+from fastsskd.evaluation.evaluate import clip_scores, mean_scores, summarise
 from fastsskd.figures import draw_views
 from fastsskd.loader import Loader
 from fastsskd.model import ACM

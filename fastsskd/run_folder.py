@@ -13,14 +13,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fastsskd import __version__, distributed, durable, health, score_file
+from fastsskd import __version__, distributed, durable, health
 from fastsskd.bad_steps import BadStep
 from fastsskd.checkpoint import write_json
 from fastsskd.config import Config, to_toml
 from fastsskd.engine import Log, StagePlan
 from fastsskd.errors import InputError
+from fastsskd.evaluation import score_file
 from fastsskd.progress import ProgressLine
-from fastsskd.start_report import StartReport
+from fastsskd.starting.report import StartReport
 from fastsskd.weights import MODEL_FILE
 
 RESULT, PROGRESS, METRICS, BAD_STEPS = "result.json", "progress.json", "metrics.jsonl", "bad_steps.jsonl"

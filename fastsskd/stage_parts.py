@@ -10,6 +10,7 @@ import torch
 
 import fastsskd_kernels as kernels
 from fastsskd import distributed, ds_config, weights
+from fastsskd.answers.stored import StoredAnswers
 from fastsskd.bad_steps import SkippingAdamW
 from fastsskd.batch import Batch
 from fastsskd.class_map import load_class_map, why_features_only
@@ -25,8 +26,7 @@ from fastsskd.run_folder import RunFolder
 from fastsskd.sampler import balanced_weights
 from fastsskd.schedule import build_optimizer
 from fastsskd.stages import Stage, plan_stages
-from fastsskd.starting import initialise, starting_weights
-from fastsskd.stored_answers import StoredAnswers
+from fastsskd.starting.initialise import initialise, starting_weights
 from fastsskd.teachers import Teacher, describe, load_teacher
 
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 import fastsskd_kernels as kernels
-from fastsskd.audio_info import SAMPLE_RATE, BadClip
+from fastsskd.answers.stored import Crops
+from fastsskd.audio.info import SAMPLE_RATE, BadClip
 from fastsskd.batch import Batch
 from fastsskd.clip_bytes import ShardFiles
 from fastsskd.clip_reader import ClipReader, Crop, Window, announce
@@ -28,7 +29,6 @@ from fastsskd.manifest import Manifest
 from fastsskd.patches import NUM_MEL_BINS, PATCH
 from fastsskd.recycle import Recycler
 from fastsskd.sampler import Sampler
-from fastsskd.stored_answers import Crops
 
 _CROP_STREAM = 100  # random streams from 100 on are ours; below, the masks' (kernels/random.py)
 PART = 8

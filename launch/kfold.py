@@ -38,7 +38,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
-    from fastsskd.kfold import cross_validate, table
+    from fastsskd.evaluation.kfold import cross_validate, table
 
     try:
         found = cross_validate(

@@ -68,7 +68,7 @@ def run(settings: config.Config, deepspeed_config: dict, resume: bool) -> int:
     distributed.start(device, settings.run.timeout)
     from fastsskd.engine import Stopped
     from fastsskd.recipe import Recipe
-    from fastsskd.report import show
+    from fastsskd.report.run_table import show
     from fastsskd.run_folder import RunFolder
 
     folder = RunFolder(settings, resume)

@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import ForkedTraining, save_tones
 
 import fastsskd_kernels as kernels
-from fastsskd import layouts, manifest
+from fastsskd import manifest
 from fastsskd.batch import Batch
+from fastsskd.layouts import index as layouts
 from fastsskd.model import build_model
 from fastsskd.patches import num_input_frames
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from fastsskd import distributed
-from fastsskd.evaluate import rate
+from fastsskd.evaluation.evaluate import rate
 
 
 def save_scores(clips: str, checkpoint: str, out: str) -> None:

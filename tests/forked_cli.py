@@ -49,7 +49,7 @@ def _serve() -> None:
     import numpy as np
 
     import fastsskd_kernels
-    from fastsskd import cli, layouts, pack  # noqa: F401
+    from fastsskd import cli
 
     fastsskd_kernels.resample_crop_or_loop(np.zeros(100, np.float32), 44_100, 10)  # compiled before the forks
     for line in sys.stdin:

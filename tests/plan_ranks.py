@@ -104,7 +104,8 @@ def save_plan(file: str, *arguments: str) -> None:
     """What the command prints, in a file."""
     import contextlib
 
-    from fastsskd import cli, plan_measure
+    from fastsskd import cli
+    from fastsskd.plan import measure as plan_measure
 
     plan_measure.SECONDS = 0.2
     with open(file, "w", encoding="utf-8") as out, contextlib.redirect_stdout(out):

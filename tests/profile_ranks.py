@@ -47,7 +47,8 @@ def slow_decoder() -> None:
 
 
 def heavy_resample() -> None:
-    from fastsskd import profile_stages, stream
+    from fastsskd import stream
+    from fastsskd.profile import stages as profile_stages
 
     for owner in (stream, profile_stages):
         owner.crop_in_place = lambda clip, crop: None
@@ -105,7 +106,7 @@ def silent_collectives(file: str) -> None:
     import torch.distributed as dist
 
     from fastsskd import distributed
-    from fastsskd.profile_silence import silence
+    from fastsskd.profile.silence import silence
 
     distributed.start("cpu", 60)
     rank, ranks = dist.get_rank(), dist.get_world_size()

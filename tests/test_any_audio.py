@@ -16,9 +16,12 @@ import pytest
 import soundfile
 
 import fastsskd_kernels as kernels
-from fastsskd import any_audio, audio_ffmpeg, clip_file, ffmpeg_process
-from fastsskd.any_audio import AnyAudio, resampled
-from fastsskd.audio_info import BadClip
+from fastsskd import clip_file
+from fastsskd.audio import any_format as any_audio
+from fastsskd.audio import ffmpeg as audio_ffmpeg
+from fastsskd.audio import ffmpeg_process
+from fastsskd.audio.any_format import AnyAudio, resampled
+from fastsskd.audio.info import BadClip
 
 
 @pytest.fixture
@@ -252,7 +255,8 @@ def test_no_process_is_left_when_its_thread_has_ended(opened):
 def test_no_process_is_left_after_a_kill(tmp_path):
     (tmp_path / "clip").write_bytes(ffmpeg_audio.clip("opus.webm"))
     code = (
-        "import os, sys; from fastsskd.ffmpeg_process import RemoteReader; reader = RemoteReader(sys.argv[1], 0, -1);"
+        "import os, sys; from fastsskd.audio.ffmpeg_process import RemoteReader;"
+        "reader = RemoteReader(sys.argv[1], 0, -1);"
         "print(reader._process._process.pid, flush=True); os.kill(os.getpid(), 9)"
     )
     killed = subprocess.run([sys.executable, "-c", code, tmp_path / "clip"], capture_output=True, text=True, timeout=60)

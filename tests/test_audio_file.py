@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from fastsskd.audio_file import AudioInfo, BadClip, check_decoded, check_decoded_length, probe
+from fastsskd.audio.file import AudioInfo, BadClip, check_decoded, check_decoded_length, probe
 
 ESC10 = Path(__file__).parents[2] / "shared/data/esc10"
 GOOD, BAD = damaged_audio.good_clips(), damaged_audio.bad_clips()

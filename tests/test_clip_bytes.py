@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from fastsskd.audio_file import BadClip
+from fastsskd.audio.file import BadClip
 from fastsskd.clip_bytes import HEAD, OPEN_SHARDS, ClipBytes, OpenFile, ShardFiles
 
 DATA = bytes(range(256)) * 20

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 import fastsskd_kernels as kernels
-from fastsskd.audio_file import BadClip
+from fastsskd.audio.file import BadClip
 from fastsskd.clip_bytes import ClipBytes, ShardFiles
 from fastsskd.clip_columns import from_columns
 from fastsskd.clip_reader import MAX_WHOLE, ClipReader, Crop, announce

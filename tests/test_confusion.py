@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix as sklearn_s
 
-from fastsskd.confusion import MAX_DRAWN, confusion_matrix, draw, most_confused
 from fastsskd.errors import InputError
+from fastsskd.evaluation.confusion import MAX_DRAWN, confusion_matrix, draw, most_confused
 
 
 def case(n, c, seed=0):

@@ -8,7 +8,7 @@ from small_checkpoint import save_checkpoint, save_sound
 
 from fastsskd import cli
 from fastsskd.errors import InputError
-from fastsskd.npy_file import NpyFile
+from fastsskd.inference.npy_file import NpyFile
 
 
 @pytest.fixture(scope="module")

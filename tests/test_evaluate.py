@@ -12,10 +12,12 @@ import torch
 from sklearn.metrics import average_precision_score
 
 import fastsskd_kernels as kernels
-from fastsskd import cli, distributed, evaluate, layouts, manifest, score_file
+from fastsskd import cli, distributed, manifest
 from fastsskd.clip_columns import from_columns
 from fastsskd.errors import InputError
-from fastsskd.evaluate_report import table
+from fastsskd.evaluation import evaluate, score_file
+from fastsskd.evaluation.table import table
+from fastsskd.layouts import index as layouts
 from fastsskd.patches import num_input_frames
 from fastsskd.sampler import Sampler
 from fastsskd.weights import ModelInfo, load_model, save_model

@@ -10,8 +10,9 @@ from small_checkpoint import CLASSES, save_checkpoint, save_sound, sound
 
 import fastsskd
 import fastsskd_kernels as kernels
-from fastsskd import cli, export, onnx_model
+from fastsskd import cli
 from fastsskd.errors import InputError
+from fastsskd.inference import export, onnx_model
 from fastsskd.weights import load_model
 
 

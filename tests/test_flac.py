@@ -7,7 +7,7 @@ import pytest
 import soundfile
 
 import fastsskd_kernels as kernels
-from fastsskd.audio_flac import flac_extent, flac_stream
+from fastsskd.audio.flac import flac_extent, flac_stream
 
 RATE = 16000
 RNG = np.random.default_rng(0)

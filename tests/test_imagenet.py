@@ -8,10 +8,10 @@ from safetensors.torch import save_file
 from vit_files import accounted, audiomae, google_arrays, image_vit
 
 from fastsskd.errors import InputError
-from fastsskd.imagenet import patch_weight, resize_positions
 from fastsskd.model import build_model
 from fastsskd.patches import patchify
-from fastsskd.starting import initialise
+from fastsskd.starting.imagenet import patch_weight, resize_positions
+from fastsskd.starting.initialise import initialise
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
-from fastsskd import intervals
-from fastsskd.intervals import bootstrap
+from fastsskd.evaluation import intervals
+from fastsskd.evaluation.intervals import bootstrap
 from fastsskd_kernels.ranking import resampled_average_precision
 
 

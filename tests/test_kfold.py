@@ -7,12 +7,13 @@ import pytest
 from sklearn.metrics import average_precision_score
 from training import BASE
 
-from fastsskd import kfold, manifest, score_file
+from fastsskd import manifest
 from fastsskd.clip_columns import from_columns
 from fastsskd.config import from_dict
 from fastsskd.errors import InputError, UsageError
-from fastsskd.metrics import NAMES
-from fastsskd.score_file import ClipScores
+from fastsskd.evaluation import kfold, score_file
+from fastsskd.evaluation.metrics import NAMES
+from fastsskd.evaluation.score_file import ClipScores
 
 
 @pytest.fixture

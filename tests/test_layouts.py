@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fastsskd import layouts, manifest
+from fastsskd import manifest
 from fastsskd.errors import InputError
+from fastsskd.layouts import index as layouts
 
 ESC10 = Path(__file__).parents[2] / "shared/data/esc10"
 

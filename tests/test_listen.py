@@ -7,12 +7,12 @@ import pytest
 import torch
 from small_checkpoint import SECONDS, save_checkpoint, save_sound, sound
 
-from fastsskd.audio_info import BadClip
+from fastsskd.audio.info import BadClip
 from fastsskd.errors import InputError, UsageError
-from fastsskd.listen import Listener
-from fastsskd.loaded import Loaded
-from fastsskd.sources import Samples, find
-from fastsskd.windows import Cut
+from fastsskd.inference.listen import Listener
+from fastsskd.inference.loaded import Loaded
+from fastsskd.inference.sources import Samples, find
+from fastsskd.inference.windows import Cut
 
 CLIPS = {
     "cat/short.wav": (0.3, 16000, 1),
@@ -52,7 +52,8 @@ def rows(found) -> np.ndarray:
 def test_scores_are_those_of_evaluation(clips, tmp_path, seconds, multi_label):
     """Also of an ensemble of models that hear different lengths, with normalisations of their own."""
     pytest.importorskip("nvidia.dali")
-    from fastsskd import evaluate, layouts
+    from fastsskd.evaluation import evaluate
+    from fastsskd.layouts import index as layouts
     from fastsskd.weights import load_model
 
     paths = [

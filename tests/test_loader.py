@@ -11,12 +11,13 @@ import torch
 import torchaudio
 
 import fastsskd_kernels as kernels
-from fastsskd import layouts, manifest, stream
-from fastsskd.audio_file import BadClip
+from fastsskd import manifest, stream
+from fastsskd.audio.file import BadClip
 from fastsskd.clip_bytes import ShardFiles
 from fastsskd.clip_reader import ClipReader, Crop
 from fastsskd.clip_table import SCHEMA
 from fastsskd.errors import InputError
+from fastsskd.layouts import index as layouts
 from fastsskd.loader import Loader
 
 SECONDS = 0.96

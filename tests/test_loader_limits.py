@@ -8,9 +8,10 @@ import damaged_audio
 import numpy as np
 import pytest
 
-from fastsskd import layouts, manifest
+from fastsskd import manifest
 from fastsskd.clip_columns import from_columns
 from fastsskd.errors import InputError
+from fastsskd.layouts import index as layouts
 from fastsskd.loader import MAX_AHEAD, Loader
 from fastsskd.stream import PART
 

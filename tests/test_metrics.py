@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score, top_k_accuracy_score
 
-from fastsskd.metrics import classification_metrics, d_prime
+from fastsskd.evaluation.metrics import classification_metrics, d_prime
 
 
 def naive_average_precision(truth, score) -> float:

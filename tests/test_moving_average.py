@@ -11,7 +11,7 @@ from training import losses
 
 from fastsskd import engine_state, manifest
 from fastsskd.errors import InputError
-from fastsskd.evaluate import evaluate
+from fastsskd.evaluation.evaluate import evaluate
 from fastsskd.manifest import split
 from fastsskd.moving_average import MovingAverage, decay_at
 

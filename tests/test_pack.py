@@ -17,11 +17,14 @@ import soundfile
 from forked_cli import ForkedCli
 
 import fastsskd_kernels as kernels
-from fastsskd import audio_ffmpeg, cli, layouts, manifest, pack_job
+from fastsskd import cli, manifest
+from fastsskd.audio import ffmpeg as audio_ffmpeg
 from fastsskd.clip_table import PACKED
 from fastsskd.errors import InputError
-from fastsskd.pack import num_unreadable, pack
-from fastsskd.pack_report import top_reasons
+from fastsskd.layouts import index as layouts
+from fastsskd.pack import job as pack_job
+from fastsskd.pack.report import top_reasons
+from fastsskd.pack.run import num_unreadable, pack
 
 ESC10 = Path(__file__).parents[2] / "shared/data/esc10"
 

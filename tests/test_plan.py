@@ -7,14 +7,18 @@ from pathlib import Path
 import pytest
 from test_cli import fails
 
-from fastsskd import cli, config, ds_config, manifest, plan_cost, plan_job, plan_loader, plan_report
+from fastsskd import cli, config, ds_config, manifest
 from fastsskd.ds_config import BatchSizes
 from fastsskd.errors import InputError, UsageError
 from fastsskd.hardware import GPUS
 from fastsskd.model import SIZES
-from fastsskd.plan import ASSUMED, plan_at, split_batch, transfer_seconds
-from fastsskd.plan_job import Clips
-from fastsskd.plan_memory import zero_of
+from fastsskd.plan import cost as plan_cost
+from fastsskd.plan import job as plan_job
+from fastsskd.plan import loader as plan_loader
+from fastsskd.plan import report as plan_report
+from fastsskd.plan.job import Clips
+from fastsskd.plan.memory import zero_of
+from fastsskd.plan.scale import ASSUMED, plan_at, split_batch, transfer_seconds
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 TREE = {"train_batch_size": 256, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}

@@ -7,11 +7,11 @@ import plan_ranks
 import pytest
 import torch
 
-from fastsskd import plan_memory
 from fastsskd.config import AugmentConfig, Config, DataConfig, DistillConfig, LossConfig, MaskConfig, ModelConfig
 from fastsskd.distill import Distill
 from fastsskd.model import SIZES
-from fastsskd.plan_memory import Parameters, Zero, memory, model_bytes
+from fastsskd.plan import memory as plan_memory
+from fastsskd.plan.memory import Parameters, Zero, memory, model_bytes
 from fastsskd.pretrain import Pretrain
 
 SECONDS = 0.96
@@ -139,7 +139,7 @@ def observed(training, tmp_path_factory):
 
 def test_what_deepspeed_sends_in_a_step(observed):
     from fastsskd.ds_config import BatchSizes
-    from fastsskd.plan import sent
+    from fastsskd.plan.scale import sent
 
     parameters = sum(p.numel() for p in plan_ranks.net().parameters())
     for kind, tree in plan_ranks.KINDS.items():

@@ -9,11 +9,11 @@ import pytest
 from small_checkpoint import CLASSES, save_checkpoint, save_sound
 
 from fastsskd import cli
-from fastsskd.audio_info import BadClip
+from fastsskd.audio.info import BadClip
 from fastsskd.commands import listening
-from fastsskd.listen import Heard
-from fastsskd.predict import Choice, predict
-from fastsskd.sources import Samples
+from fastsskd.inference.listen import Heard
+from fastsskd.inference.predict import Choice, predict
+from fastsskd.inference.sources import Samples
 
 
 @pytest.fixture(scope="module")

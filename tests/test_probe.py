@@ -10,10 +10,11 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from fastsskd import cli, layouts, manifest
-from fastsskd import probe as probing
+from fastsskd import cli, manifest
 from fastsskd.clip_columns import from_columns
 from fastsskd.errors import InputError
+from fastsskd.evaluation import probe as probing
+from fastsskd.layouts import index as layouts
 from fastsskd.weights import ModelInfo, save_model
 
 INFO = ModelInfo("nano", (), False, 0.96, -4.0, 4.5)

@@ -10,7 +10,8 @@ import soundfile
 from test_cli import fails
 from training import arguments
 
-from fastsskd import cli, layouts, manifest
+from fastsskd import cli, manifest
+from fastsskd.layouts import index as layouts
 
 SECONDS = "3"
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from fastsskd.profile_stats import READY, Interval, median_interval, number, slope, together, waits
+from fastsskd.profile.stats import READY, Interval, median_interval, number, slope, together, waits
 
 
 def test_the_interval_holds_the_true_median_95_times_in_100():

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from fastsskd import profile_verdict as v
-from fastsskd.profile_advice import Advice, advise, contention, predict
-from fastsskd.profile_disk import Disk
-from fastsskd.profile_stages import Pace, marginal
-from fastsskd.profile_stats import Interval, Waits
-from fastsskd.profile_verdict import Found, RankFound, StageCost, judge, verdict
+from fastsskd.profile import verdict as v
+from fastsskd.profile.advice import Advice, advise, contention, predict
+from fastsskd.profile.disk import Disk
+from fastsskd.profile.stages import Pace, marginal
+from fastsskd.profile.stats import Interval, Waits
+from fastsskd.profile.verdict import Found, RankFound, StageCost, judge, verdict
 
 CALM = Waits(0.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 LOADER_STAGES = {"read": 0.1e-3, "decode": 2e-3, "resample, crop": 1e-3, "fbank": 0.4e-3, "HOG": 0.1e-3}

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from training import losses
 from vit_files import google_arrays
 
-from fastsskd import manifest, score_file
+from fastsskd import manifest
+from fastsskd.evaluation import score_file
 from fastsskd.weights import load_model
 
 
@@ -79,7 +80,7 @@ def test_it_learns(finished):
 def test_evaluate_command_gives_the_runs_own_metrics(finished, tones):
     out, _, result, _ = finished
     from fastsskd import cli
-    from fastsskd.evaluate import evaluate
+    from fastsskd.evaluation.evaluate import evaluate
     from fastsskd.manifest import split
 
     _, held_out = split(manifest.load(tones))

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from test_report import line, make_run, shown, ssl_line
 
-from fastsskd import cli, reference
-from fastsskd.report_data import read_run
-from fastsskd.report_page import page
+from fastsskd import cli
+from fastsskd.report import reference
+from fastsskd.report.data import read_run
+from fastsskd.report.page import page
 
 
 def test_saved_curves_are_means_of_the_lines(tmp_path):

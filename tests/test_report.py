@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastsskd import cli, config, durable, report, score_file
-from fastsskd.metrics import classification_metrics
-from fastsskd.report_data import hardest, numbers, read_run
-from fastsskd.report_page import page
+from fastsskd import cli, config, durable
+from fastsskd.evaluation import score_file
+from fastsskd.evaluation.metrics import classification_metrics
+from fastsskd.report import run_table as report
+from fastsskd.report.data import hardest, numbers, read_run
+from fastsskd.report.page import page
 
 CLASSES = ("dog", "rain & wind", "<b>saw</b>")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastsskd import report_charts as charts
-from fastsskd.report_charts import Series, line_chart
+from fastsskd.report import charts
+from fastsskd.report.charts import Series, line_chart
 
 PLOT_X, PLOT_Y = (58, 390), (202, 10)  # pixels of the axes' ends
 

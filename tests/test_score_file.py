@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastsskd.errors import InputError
-from fastsskd.score_file import ClipScores, load, pooled, save
+from fastsskd.evaluation.score_file import ClipScores, load, pooled, save
 
 
 def scores(keys, classes=("a", "b"), multi_label=False):

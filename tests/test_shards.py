@@ -13,11 +13,12 @@ import pyarrow.compute as pc
 import pytest
 import soundfile
 
-from fastsskd import clip_encoding, shards
-from fastsskd.audio_file import probe
-from fastsskd.audio_info import BadClip
-from fastsskd.clip_encoding import encode
-from fastsskd.shards import ShardIndex, ShardWriter, member_stems, read_index
+from fastsskd.audio import encoding as clip_encoding
+from fastsskd.audio.encoding import encode
+from fastsskd.audio.file import probe
+from fastsskd.audio.info import BadClip
+from fastsskd.pack import shards
+from fastsskd.pack.shards import ShardIndex, ShardWriter, member_stems, read_index
 
 STEPS = np.random.default_rng(0).integers(-32768, 32768, 50_000)
 """16-bit samples."""

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from fastsskd import layouts, sound_events
-from fastsskd.audio_file import probe
+from fastsskd import sound_events
+from fastsskd.audio.file import probe
 from fastsskd.errors import InputError, UsageError
+from fastsskd.layouts import index as layouts
 from fastsskd.sound_synthesis import CLASSES
 
 

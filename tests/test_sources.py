@@ -9,9 +9,11 @@ import pytest
 import soundfile
 from small_checkpoint import save_sound
 
-from fastsskd import layouts, manifest, sources
-from fastsskd.audio_info import BadClip
-from fastsskd.sources import Samples, find
+from fastsskd import manifest
+from fastsskd.audio.info import BadClip
+from fastsskd.inference import sources
+from fastsskd.inference.sources import Samples, find
+from fastsskd.layouts import index as layouts
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """What people read of a start, and what is written down."""
 
-from fastsskd.start_report import StartReport
+from fastsskd.starting.report import StartReport
 
 
 def report():

@@ -7,9 +7,9 @@ import torch
 from vit_files import accounted
 
 from fastsskd.errors import InputError
-from fastsskd.imagenet import resize_positions
 from fastsskd.model import build_model
-from fastsskd.starting import initialise, starting_weights
+from fastsskd.starting.imagenet import resize_positions
+from fastsskd.starting.initialise import initialise, starting_weights
 from fastsskd.weights import ModelInfo, save_model
 
 CLASSES = ("bell", "cat", "dog", "räin")

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastsskd import layouts, manifest
+from fastsskd import manifest
 from fastsskd.errors import InputError
+from fastsskd.layouts import index as layouts
 from fastsskd.loader import Loader
 
 WAV = damaged_audio.good_clips()["pcm16.wav"]

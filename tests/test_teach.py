@@ -16,15 +16,17 @@ from test_distill import FixedTeacher, make_distill, used_model
 from training import losses
 
 import fastsskd_kernels as kernels
-from fastsskd import cli, layouts, manifest, stored_scores
-from fastsskd import teach as teaching
+from fastsskd import cli, manifest
+from fastsskd.answers import scores as stored_scores
+from fastsskd.answers import teach as teaching
+from fastsskd.answers.row_file import RowFile
+from fastsskd.answers.stored import BAD, NOT_YET, STORED, Crops, StoredAnswers
+from fastsskd.answers.teach import Options, teach
 from fastsskd.config import AUDIOSET_MEAN, AUDIOSET_STD, AugmentConfig, from_dict
 from fastsskd.errors import InputError, UsageError
+from fastsskd.layouts import index as layouts
 from fastsskd.loader import Loader
 from fastsskd.model import build_model
-from fastsskd.row_file import RowFile
-from fastsskd.stored_answers import BAD, NOT_YET, STORED, Crops, StoredAnswers
-from fastsskd.teach import Options, teach
 from fastsskd.teachers import load_teacher
 from fastsskd.weights import ModelInfo, save_model
 

@@ -7,7 +7,7 @@ from vit_files import google_arrays, image_vit
 
 from fastsskd.errors import InputError
 from fastsskd.foreign import load_checkpoint
-from fastsskd.vit_file import open_vit
+from fastsskd.starting.vit_file import open_vit
 
 
 def opened(path):

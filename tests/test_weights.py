@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fastsskd.errors import InputError
-from fastsskd.starting import initialise
+from fastsskd.starting.initialise import initialise
 from fastsskd.weights import ModelInfo, load_model, model_file, read_model_file, save_model
 
 CLASSES = ("bell", "cat", "dog", "räin")

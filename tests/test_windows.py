@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastsskd.windows import SMALLEST_REST, Cut
+from fastsskd.inference.windows import SMALLEST_REST, Cut
 
 
 def expected(total: int, cut: Cut) -> list[tuple[int, int]]:

@@ -282,7 +282,6 @@ def _serve() -> None:
     import torch
 
     import fastsskd_kernels
-    from fastsskd import figures, recipe, report  # noqa: F401
     from launch import train  # noqa: F401
 
     fastsskd_kernels.features(torch.zeros(1, 15360), num_frames=96)  # compiled before the forks

@@ -13,7 +13,7 @@ from fastsskd.commands import listening
 from fastsskd.commands.arguments import command
 from fastsskd.errors import InputError, UsageError
 
-LEVELS = ("clip", "window", "frame", "patch")  # fastsskd.loaded has them too, but brings torch with it
+LEVELS = ("clip", "window", "frame", "patch")  # fastsskd.inference.loaded has them too, but brings torch with it
 EXAMPLES = """
 fastsskd embed --checkpoint runs/mine/checkpoints/iter2-distill recordings/ --out features.npy
 fastsskd embed --checkpoint model.safetensors hour.flac --level frame --out frames.npy
@@ -38,8 +38,8 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if out.suffix != ".npy":
         raise UsageError(f"--out {out}: end it with .npy")
-    from fastsskd.embed import STEP_SECONDS, embed
-    from fastsskd.npy_file import NpyFile
+    from fastsskd.inference.embed import STEP_SECONDS, embed
+    from fastsskd.inference.npy_file import NpyFile
 
     loaded = listening.load(args)
     if len(loaded.models) > 1:

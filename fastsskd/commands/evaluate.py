@@ -42,9 +42,9 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastsskd import confusion, score_file
-    from fastsskd.evaluate import rate
-    from fastsskd.evaluate_report import table
+    from fastsskd.evaluation import confusion, score_file
+    from fastsskd.evaluation.evaluate import rate
+    from fastsskd.evaluation.table import table
     from fastsskd.loader import open_manifest
 
     if args.manifest is None:  # `--checkpoint A B MANIFEST`: argparse gave the option all three

@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     if not args.out and not args.onnx:
         raise UsageError("fastsskd export: say what to write: --out DIR, --onnx FILE, or both")
-    from fastsskd.export import export_folder, open_checkpoint
+    from fastsskd.inference.export import export_folder, open_checkpoint
 
     model, info = open_checkpoint(args.checkpoint, args.licence)
     if not info.licence:
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         print(export_folder(model, info, args.out, half=args.half), file=sys.stderr)
     if args.onnx:
-        from fastsskd.onnx_model import OPSET, export_onnx
+        from fastsskd.inference.onnx_model import OPSET, export_onnx
 
         difference = export_onnx(model, info, args.onnx, given=args.input)
         checked = (

@@ -22,7 +22,8 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastsskd import layouts, manifest
+    from fastsskd import manifest
+    from fastsskd.layouts import index as layouts
 
     table = layouts.build(Path(args.source))
     manifest.save(table, args.out)

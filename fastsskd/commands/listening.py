@@ -14,10 +14,10 @@ from fastsskd.commands.arguments import device, positive
 from fastsskd.errors import UsageError
 
 if TYPE_CHECKING:
-    from fastsskd.audio_info import BadClip
-    from fastsskd.listen import Heard, Listener
-    from fastsskd.loaded import Loaded
-    from fastsskd.sources import Source
+    from fastsskd.audio.info import BadClip
+    from fastsskd.inference.listen import Heard, Listener
+    from fastsskd.inference.loaded import Loaded
+    from fastsskd.inference.sources import Source
 
 MODEL_FILE = "model.safetensors"  # fastsskd.weights has it too, but brings torch with it
 EVERY = 2.0
@@ -78,7 +78,7 @@ def _is_checkpoint(name: str) -> bool:
 def make_listener(args: argparse.Namespace, loaded: Loaded, answer: Any, whole: bool) -> Listener:
     """The listener that the arguments describe, with the answers of ``answer``; ``whole``: of all of a recording."""
     from fastsskd.distributed import cores_per_rank
-    from fastsskd.listen import Listener
+    from fastsskd.inference.listen import Listener
 
     return Listener(
         loaded.ears,
@@ -92,7 +92,7 @@ def make_listener(args: argparse.Namespace, loaded: Loaded, answer: Any, whole: 
 
 def load(args: argparse.Namespace) -> Loaded:
     """The checkpoints, on their device."""
-    from fastsskd.loaded import Loaded
+    from fastsskd.inference.loaded import Loaded
 
     sort_out(args)
     return Loaded(args.checkpoint, device(args.device))
@@ -100,7 +100,7 @@ def load(args: argparse.Namespace) -> Loaded:
 
 def sources(args: argparse.Namespace) -> tuple[Iterable[Source], int | None]:
     """The recordings, and how many; None where stdin will tell, or where they are too many to be held as a list."""
-    from fastsskd.sources import STDIN, find
+    from fastsskd.inference.sources import STDIN, find
 
     found = find(args.files)
     if STDIN in args.files:
@@ -140,7 +140,7 @@ class Account:
 
     def good(self, answers: Iterable[tuple[Source, Any | BadClip]]) -> Iterator[tuple[Source, Any]]:
         """The answers of the recordings that could be used; the others are named with their reason."""
-        from fastsskd.audio_info import BadClip
+        from fastsskd.audio.info import BadClip
 
         for source, answer in answers:
             self._done += 1

@@ -36,8 +36,9 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastsskd import layouts, manifest
-    from fastsskd.pack import num_unreadable, pack
+    from fastsskd import manifest
+    from fastsskd.layouts import index as layouts
+    from fastsskd.pack.run import num_unreadable, pack
 
     path = Path(args.manifest)
     table = layouts.build(path) if path.is_dir() else manifest.load(path)

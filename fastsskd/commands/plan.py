@@ -34,8 +34,9 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastsskd import plan_job, plan_report
-    from fastsskd.plan import plan_at
+    from fastsskd.plan import job as plan_job
+    from fastsskd.plan import report as plan_report
+    from fastsskd.plan.scale import plan_at
 
     if args.manifest and args.clips:
         raise UsageError("--manifest and --clips: both give the number of clips; choose one")

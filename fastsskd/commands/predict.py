@@ -14,7 +14,7 @@ from fastsskd.commands.arguments import command, positive, share
 from fastsskd.errors import UsageError
 
 if TYPE_CHECKING:
-    from fastsskd.predict import Prediction
+    from fastsskd.inference.predict import Prediction
 
 EXAMPLES = """
 fastsskd predict --checkpoint runs/mine/checkpoints/iter2-distill a.wav b.mp3
@@ -45,7 +45,7 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.json and args.csv:
         raise UsageError("--json and --csv: choose one")
-    from fastsskd.predict import Choice, predict
+    from fastsskd.inference.predict import Choice, predict
 
     loaded = listening.load(args)
     loaded.require_head()

@@ -36,9 +36,9 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from fastsskd.datasets import draw
+    from fastsskd.evaluation.probe import probe, table
     from fastsskd.loader import open_manifest
     from fastsskd.manifest import split
-    from fastsskd.probe import probe, table
 
     clips = open_manifest(args.manifest)
     if args.eval_manifest:

@@ -56,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace, result: Any) -> None:
-    from fastsskd import distributed, profile_page, profile_report
+    from fastsskd import distributed
+    from fastsskd.profile import page as profile_page
+    from fastsskd.profile import report as profile_report
 
     if distributed.rank() == 0:
         print(profile_report.text(result), file=sys.stderr if args.json else sys.stdout, flush=True)
@@ -84,8 +86,8 @@ def _measure(args: argparse.Namespace) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ds_config.check_device(tree, device)
     distributed.start(device, settings.run.timeout)
-    from fastsskd.profile import profile, save_trace
-    from fastsskd.profile_job import Job
+    from fastsskd.profile.job import Job
+    from fastsskd.profile.run import profile, save_trace
 
     job = Job(settings, tree, device, args.stage)
     setup = time.perf_counter() - begin
@@ -93,7 +95,7 @@ def _measure(args: argparse.Namespace) -> Any:
         result = profile(job, args.seconds)
         result.setup = setup
         if args.really:
-            from fastsskd.profile_try import follow
+            from fastsskd.profile.trial import follow
 
             result.advice = follow(job, result, args.seconds)
         if args.trace:

@@ -31,11 +31,11 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastsskd import reference
-    from fastsskd.report import PAGE, write_page
-    from fastsskd.report_data import numbers, read_run
-    from fastsskd.report_folds import folds_page, is_folds, read_folds
-    from fastsskd.report_page import page
+    from fastsskd.report import reference
+    from fastsskd.report.data import numbers, read_run
+    from fastsskd.report.folds import folds_page, is_folds, read_folds
+    from fastsskd.report.page import page
+    from fastsskd.report.run_table import PAGE, write_page
 
     folder = Path(args.folder)
     if is_folds(folder):

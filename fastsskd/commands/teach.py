@@ -45,8 +45,8 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from fastsskd.answers.teach import Options, teach
     from fastsskd.loader import open_manifest
-    from fastsskd.teach import Options, teach
 
     if not 0.16 <= args.seconds <= 60.0:
         raise UsageError(f"--seconds {args.seconds}: choose 0.16 to 60")

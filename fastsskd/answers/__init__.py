@@ -1,0 +1,1 @@
+"""A teacher's answers, stored once and read in training."""

@@ -1,0 +1,1 @@
+"""How good is a model: scores of a manifest, metrics, intervals, folds, frozen features."""

@@ -1,0 +1,1 @@
+"""A trained model on recordings: classes, features, and files to give away."""

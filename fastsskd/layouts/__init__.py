@@ -1,0 +1,1 @@
+"""`fastsskd index`: any data set layout -> one table of clips."""

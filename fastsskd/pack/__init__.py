@@ -1,0 +1,1 @@
+"""`fastsskd pack`: any audio -> 16 kHz mono tar shards."""

@@ -1,0 +1,1 @@
+"""`fastsskd plan`: memory, time and loader of a run at N GPUs."""

@@ -1,0 +1,1 @@
+"""`fastsskd profile`: which part holds training up, and what would help."""

@@ -1,0 +1,1 @@
+"""Starting weights: a model of ours, or a ViT of another project."""
