@@ -1,5 +1,6 @@
 """The model's parts: shapes, sizes, what each part may look at, and the blocks against the textbook."""
 
+import itertools
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from fastsskd.config import LossConfig, MaskConfig
 from fastsskd.errors import UsageError
-from fastsskd.model import SIZES, SimAM, build_model, simam
+from fastsskd.model import SIZES, SimAM, build_model, simam, sincos_positions
 from fastsskd.patches import num_input_frames, patchify, unpatchify
 from fastsskd.pretrain import Pretrain
 from fastsskd.stochastic_depth import draw_depth
@@ -93,9 +94,24 @@ def test_weights_come_from_the_seed_and_leave_the_global_random_state_alone(make
     assert torch.equal(state, torch.get_rng_state())
     for name, value in first.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])
-    for name in ("pos_embed", "mae.mask_token", "patch_embed.weight", "blocks.0.attn.qkv.weight", "head.1.weight"):
+    for name in ("mae.mask_token", "patch_embed.weight", "blocks.0.attn.qkv.weight", "head.1.weight"):
         assert not torch.equal(first.state_dict()[name], other.state_dict()[name])
         assert first.state_dict()[name].std() > 0
+
+
+@pytest.mark.parametrize(("grid_size", "dim"), [((3, 8), 16), ((62, 8), 64), ((5, 2), 4)])
+def test_positions_begin_as_sines_and_cosines_of_each_patch_s_place(grid_size, dim, make_model):
+    positions = sincos_positions(grid_size, dim)
+    assert positions.shape == (1, grid_size[0] * grid_size[1], dim)
+    for place, found in zip(itertools.product(*map(range, grid_size)), positions[0].tolist(), strict=True):
+        expected = []
+        for coordinate in place:
+            angles = [coordinate / 10000 ** (i / (dim // 4)) for i in range(dim // 4)]
+            expected += [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
+        assert found == pytest.approx(expected, abs=1e-6)
+    model = make_model()
+    assert torch.equal(model.pos_embed, sincos_positions(model.grid_size, model.embed_dim))
+    assert model.pos_embed.requires_grad  # they are where learning begins
 
 
 # ---------------------------------------------------------------------------------------------------------------- AFT
