@@ -23,6 +23,7 @@ class Batch:
         waveform: ``(B, S)`` float32 at 16 kHz, the same crops, if asked for.
         teacher_probs: ``(B, C)`` float32, a teacher's class probabilities for the same crops, if they are stored.
         teacher_features: ``(B, D)`` float32, its clip features, likewise.
+        raw_features, keys: of a step that is looked through ahead, see :meth:`fastsskd.pretrain.Pretrain.look_ahead`.
     """
 
     fbank: Tensor
@@ -34,6 +35,8 @@ class Batch:
     waveform: Tensor | None = None
     teacher_probs: Tensor | None = None
     teacher_features: Tensor | None = None
+    raw_features: Tensor | None = None
+    keys: Any = None
 
     def __len__(self) -> int:
         return len(self.key)

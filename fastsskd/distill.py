@@ -85,7 +85,7 @@ class Distill(nn.Module):
 
         A small micro-batch that the student's activations force leaves a card idle under the teacher, which keeps none.
         """
-        if not self.asks or sum(len(batch) > 0 for batch in batches) < 2:
+        if not self.asks or len(batches) < 2:
             return batches
         counts = [len(batch) for batch in batches]
         answers = self.teach(torch.cat([batch.waveform for batch in batches]))

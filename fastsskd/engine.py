@@ -116,7 +116,7 @@ def train_stage(
     Args:
         engine: ``engine(batch) -> (loss, metrics)``, ``engine.backward(loss)``, ``engine.step()``.
         loader: at the cursor that belongs to ``start_step``.
-        prepare: what becomes of a step's micro-batches before the first of them is trained on.
+        prepare: what becomes of a step's micro-batches that have clips on every rank, before the first is trained on.
         on_log: called every ``plan.log_every`` steps.
         on_step: called after each optimizer step with the number done and whether the run is stopping; saves.
         on_bad: called with each step that was skipped because something was not finite.
@@ -136,7 +136,9 @@ def train_stage(
         torch.manual_seed(derive_seed(plan.seed, step, distributed.rank()))
         micro_batches = [meter.wait(batches) for _ in range(plan.accumulation)]
         weights, clips, stopping = _agree(micro_batches, stop is not None and stop.set)
-        forwards = _step(engine, prepare(micro_batches), weights)
+        used = [(batch, weight) for batch, weight in zip(micro_batches, weights, strict=True) if weight > 0]
+        prepared = prepare([batch for batch, _ in used]) if used else []
+        forwards = _step(engine, prepared, [weight for _, weight in used], plan.accumulation)
         meter.add(bad_steps.after(step + 1, forwards, engine.optimizer), clips)
         if meter.due(step + 1) or step + 1 == plan.total_steps or stopping:
             on_log(meter.log(step + 1, lr, _grad_norm(engine)))
@@ -168,18 +170,17 @@ def _agree(micro_batches: list[Batch], stop: bool) -> tuple[list[float], int, bo
     return weights, total, any(numbers[-1] for numbers in ranks)
 
 
-def _step(engine: Any, micro_batches: list[Batch], weights: list[float]) -> list[Forward]:
+def _step(engine: Any, batches: list[Batch], weights: list[float], accumulation: int) -> list[Forward]:
     """Forward and backward of the micro-batches that have clips on every rank, then the optimizer."""
-    used = [(batch, weight) for batch, weight in zip(micro_batches, weights, strict=True) if weight > 0]
     forwards = []
-    for number, (batch, weight) in enumerate(used, 1):
-        if len(micro_batches) > 1:
-            engine.set_gradient_accumulation_boundary(number == len(used))
+    for number, (batch, weight) in enumerate(zip(batches, weights, strict=True), 1):
+        if accumulation > 1:
+            engine.set_gradient_accumulation_boundary(number == len(batches))
         loss, metrics = engine(batch)
         # 0 x loss is 0, or NaN if the loss is not finite; then the gradients are too, and every rank skips the step.
         engine.backward(loss * (0.0 * loss.detach() + weight))
         _optimize(engine)
-        forwards.append(Forward(batch, {"loss": loss.detach(), **metrics}, weight / len(micro_batches)))
+        forwards.append(Forward(batch, {"loss": loss.detach(), **metrics}, weight / accumulation))
     return forwards
 
 

@@ -5,6 +5,9 @@ All take and return float32 whatever the model's precision; a mean is over every
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -43,32 +46,44 @@ def feature_kl(pred: Tensor, raw: Tensor) -> Tensor:
     return (log_raw.exp() * (log_raw - log_pred)).sum(dim=-1).mean()
 
 
+class Keys(NamedTuple):
+    """What a micro-batch's clips are told apart from: the raw features of the global batch.
+
+    Attributes:
+        rows: ``(K, D)``, normalised.
+        first: the row of this micro-batch's first clip.
+        valid: ``(K,)`` bool, False where a rank has no clip; None if every row is one.
+    """
+
+    rows: Tensor
+    first: int
+    valid: Tensor | None
+
+
 def contrast(pred: Tensor, raw: Tensor, temperature: float, slots: int | None = None) -> Tensor:
     """Formula 8, its minus sign restored: InfoNCE on cosine similarity, over the global batch.
 
     ``-mean_b log( exp(C(pred_b, raw_b)/tau) / sum_k exp(C(pred_b, raw_k)/tau) )``, k over every rank's clips. The mean
-    is over this rank's clips; ranks are averaged with their gradients. Arguments as for :func:`contrast_logits`.
-    """
-    return info_nce(*contrast_logits(pred, raw, temperature, slots))
-
-
-def contrast_logits(pred: Tensor, raw: Tensor, temperature: float, slots: int | None = None) -> tuple[Tensor, Tensor]:
-    """``C(pred_b, raw_k) / tau`` of this rank's clips with every rank's.
+    is over this rank's clips; ranks are averaged with their gradients.
 
     Args:
         pred, raw: ``(B, D)`` AVG-pooled features.
         temperature: tau.
-        slots: the largest B of any rank, needed with several ranks because a rank that left out a bad clip has fewer.
+        slots: see :func:`gather_keys`.
+    """
+    return info_nce(*contrast_logits(pred, gather_keys([raw], slots)[0], temperature))
+
+
+def contrast_logits(pred: Tensor, keys: Keys, temperature: float) -> tuple[Tensor, Tensor]:
+    """``C(pred_b, raw_k) / tau`` of ``(B, D)`` AVG-pooled features with the global batch's.
 
     Returns:
-        ``(B, W * slots)``, ``-inf`` where a rank has no clip; and ``(B,)``, the column of each clip's own pair.
+        ``(B, K)``, ``-inf`` where a rank has no clip; and ``(B,)``, the column of each clip's own pair.
     """
-    pred = F.normalize(pred.float(), dim=-1)
-    keys, offset, valid = gather_keys(F.normalize(raw.float(), dim=-1), slots)
-    logits = pred @ keys.T / temperature
-    if valid is not None:
-        logits = logits.masked_fill(~valid, float("-inf"))
-    return logits, torch.arange(pred.shape[0], device=pred.device) + offset
+    logits = F.normalize(pred.float(), dim=-1) @ keys.rows.T / temperature
+    if keys.valid is not None:
+        logits = logits.masked_fill(~keys.valid, float("-inf"))
+    return logits, torch.arange(pred.shape[0], device=pred.device) + keys.first
 
 
 def info_nce(logits: Tensor, own: Tensor) -> Tensor:
@@ -76,22 +91,29 @@ def info_nce(logits: Tensor, own: Tensor) -> Tensor:
     return F.cross_entropy(logits, own)
 
 
-def gather_keys(keys: Tensor, slots: int | None) -> tuple[Tensor, int, Tensor | None]:
-    """Every rank's keys with gradients, where ours begin, and which rows are real.
+def gather_keys(raw: Sequence[Tensor], slots: int | None) -> list[Keys]:
+    """The keys of each of a step's micro-batches: all of them, of all ranks, with gradients.
 
-    Returns:
-        ``(W * slots, D)``, the offset of this rank's rows, and ``(W * slots,)`` bool (None with one rank).
+    Args:
+        raw: ``(B, D)`` AVG-pooled raw features of each micro-batch; as many of them on every rank.
+        slots: the largest B of any rank, needed with several ranks because a rank that left out a bad clip has fewer.
     """
+    parts = [F.normalize(own.float(), dim=-1) for own in raw]
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return keys, 0, None
+        rows, first = torch.cat(parts), 0
+        found = []
+        for own in parts:
+            found.append(Keys(rows, first, None))
+            first += len(own)
+        return found
     from torch.distributed.nn.functional import all_gather
 
-    slots = keys.shape[0] if slots is None else slots
+    slots = max(len(own) for own in parts) if slots is None else slots
     # One collective: validity travels as one more column.
-    flagged = F.pad(keys, (0, 1), value=1.0)
-    flagged = F.pad(flagged, (0, 0, 0, slots - keys.shape[0]))
-    gathered = torch.cat(all_gather(flagged))
-    return gathered[:, :-1], dist.get_rank() * slots, gathered[:, -1] > 0.5
+    flagged = [F.pad(own, (0, 1), value=1.0) for own in parts]
+    gathered = torch.cat(all_gather(torch.cat([F.pad(own, (0, 0, 0, slots - len(own))) for own in flagged])))
+    rows, valid, first = gathered[:, :-1], gathered[:, -1] > 0.5, dist.get_rank() * len(parts) * slots
+    return [Keys(rows, first + number * slots, valid) for number in range(len(parts))]
 
 
 def label_cross_entropy(logits: Tensor, target: Tensor, multi_label: bool) -> Tensor:

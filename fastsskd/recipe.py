@@ -191,7 +191,7 @@ class Recipe:
         hooks = {"stop": self.stop, "on_log": on_log, "on_step": on_step, "on_bad": on_bad}
         try:
             with self.watchdog if distributed.world_size() > 1 else contextlib.nullcontext():
-                train_stage(engine, loader, plan, start_step=start, prepare=self.parts.ahead(module), **hooks)
+                train_stage(engine, loader, plan, start_step=start, prepare=self.parts.ahead(engine), **hooks)
         finally:
             self.skipped.update(loader.skipped)
             loader.close()

@@ -144,10 +144,19 @@ class StageParts:
             self.folder.say(f"{stage.name}: the teacher gives features only: {reason}")
         return module
 
-    def ahead(self, module: Pretrain | Distill) -> Callable[[list[Batch]], list[Batch]]:
-        """What becomes of a step's micro-batches before the first of them is trained on: ``distill.teacher_ahead``."""
-        asks = isinstance(module, Distill) and self.config.distill.teacher_ahead
-        return module.ask_ahead if asks else list
+    def ahead(self, engine: Any) -> Callable[[list[Batch]], list[Batch]]:
+        """What becomes of a step's micro-batches before the first of them is trained on."""
+        module = engine.module
+        if isinstance(module, Distill):
+            return module.ask_ahead if self.config.distill.teacher_ahead else list
+        if self.sizes.accumulation == 1 or not module.looks_ahead:
+            return list
+
+        def look_ahead(batches: list[Batch]) -> list[Batch]:
+            with torch.no_grad():
+                return engine(batches)
+
+        return look_ahead
 
     def loader(self, stage: Stage, teacher: Teacher | StoredAnswers | None) -> Loader:
         """This rank's training batches, at their beginning; the caller closes it."""

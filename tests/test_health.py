@@ -61,7 +61,7 @@ def test_features_that_cannot_tell_tell_nothing():
 def test_contrast_accuracy_counts_clips_that_find_their_own_pair():
     raw = torch.eye(4)
     pred = torch.stack([raw[0], raw[2], raw[2], raw[3] + 0.9 * raw[0]])  # the second one is nearest to the third
-    logits, own = losses.contrast_logits(pred, raw, 0.1)
+    logits, own = losses.contrast_logits(pred, losses.gather_keys([raw], None)[0], 0.1)
     assert health.contrast_accuracy(logits, own).item() == 0.75
     assert health.contrast_chance(logits).item() == 0.25
 
@@ -187,7 +187,7 @@ TWO_RANKS = """
     generator = torch.Generator().manual_seed(0)
     pred, raw = torch.randn(7, 6, generator=generator), torch.randn(7, 6, generator=generator)
     pred = 0.7 * raw + pred
-    logits, mine = losses.contrast_logits(pred[own], raw[own], 0.1, slots=4)
+    logits, mine = losses.contrast_logits(pred[own], losses.gather_keys([raw[own]], 4)[0], 0.1)
     hits = health.contrast_accuracy(logits, mine) * len(mine)
     dist.all_reduce(hits)
     found = {"accuracy": hits.item() / 7, "chance": health.contrast_chance(logits).item()}
@@ -210,7 +210,7 @@ def test_two_ranks_see_the_health_of_one(tmp_path):
     first, second = (process.communicate(timeout=120)[0].splitlines() for process in ranks)
     generator = torch.Generator().manual_seed(0)
     pred, raw = torch.randn(7, 6, generator=generator), torch.randn(7, 6, generator=generator)
-    logits, own = losses.contrast_logits(0.7 * raw + pred, raw, 0.1)
+    logits, own = losses.contrast_logits(0.7 * raw + pred, losses.gather_keys([raw], None)[0], 0.1)
     expected = health.of_features(raw)
     expected |= {"accuracy": health.contrast_accuracy(logits, own).item(), "chance": pytest.approx(1 / 7)}
     assert 0 < expected["accuracy"] < 1

@@ -171,8 +171,12 @@ TWO_RANKS = """
     pred, raw = pred[own].clone().requires_grad_(), raw[own].clone().requires_grad_()
     loss = losses.contrast(pred, raw, 0.2, slots=3)
     (loss * len(pred) * 2 / 5).backward()
+    parts = (slice(0, 2), slice(2, 3)) if rank == 0 else (slice(0, 1), slice(1, 2))
+    keys = losses.gather_keys([raw[part].detach() for part in parts], 2)
+    cut = [losses.info_nce(*losses.contrast_logits(pred[p], k, 0.2)) * len(pred[p]) for p, k in zip(parts, keys)]
+    found = {"loss": loss.item(), "pred": pred.grad.tolist(), "raw": raw.grad.tolist(), "cut": float(sum(cut))}
     with open(f"{out}.{rank}", "w") as file:
-        json.dump({"loss": loss.item(), "pred": pred.grad.tolist(), "raw": raw.grad.tolist()}, file)
+        json.dump(found, file)
     dist.barrier()
     dist.destroy_process_group()
 """
@@ -193,6 +197,7 @@ def test_two_ranks_of_unequal_size_contrast_against_the_global_batch(tmp_path):
     whole = losses.contrast(pred, raw, 0.2)
     whole.backward()
     assert (3 * ranks[0]["loss"] + 2 * ranks[1]["loss"]) / 5 == pytest.approx(whole.item(), rel=1e-5)
+    assert (ranks[0]["cut"] + ranks[1]["cut"]) / 5 == pytest.approx(whole.item(), rel=1e-5)  # in micro-batches
     for name, gradient in (("pred", pred.grad), ("raw", raw.grad)):
         both = torch.tensor(ranks[0][name] + ranks[1][name]) / 2  # the engine averages over ranks
         torch.testing.assert_close(both, gradient, rtol=1e-4, atol=1e-6)

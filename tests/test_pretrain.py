@@ -214,6 +214,31 @@ def test_the_loss_does_not_depend_on_the_order_of_the_clips(make_model, make_bat
         assert others[name].item() == pytest.approx(metrics[name].item(), rel=1e-4), name
 
 
+@pytest.mark.parametrize("option", [{}, {"restore_target": "res_raw"}, {"restore_on": "masked"}])
+def test_micro_batches_that_know_of_each_other_are_one_batch(make_model, make_batch, option):
+    """Losses and gradients, with the contrast's negatives from all of them; not so without looking ahead."""
+    model = make_model()
+    module = Pretrain(model, LossConfig(**option), MASK)
+    parts = [make_batch([0, 1]), make_batch([2]), make_batch([3, 4])]
+
+    def summed(batches):
+        model.zero_grad()
+        total = sum(module(batch)[0] * len(batch) / 5 for batch in batches)
+        total.backward()
+        return total.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    (whole, gradients), (cut, others) = summed([make_batch([0, 1, 2, 3, 4])]), summed(module(parts))
+    torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(others, gradients, rtol=1e-3, atol=1e-5)
+    assert summed(parts)[0] < whole - 0.1  # fewer to be mistaken for
+
+
+def test_looking_ahead_is_for_a_contrast_with_fixed_keys(make_model):
+    off = {"contrast_intra": False, "contrast_inter": False}
+    for option, expected in (({}, True), ({"raw_gradient": True}, False), (off, False)):
+        assert Pretrain(make_model(), LossConfig(**option), MASK).looks_ahead is expected
+
+
 def test_metrics_are_detached_and_feature_std_tells_of_collapse(make_model, make_batch):
     module = Pretrain(used_model(make_model), LossConfig(), MASK)
     total, metrics = module(make_batch())

@@ -142,7 +142,7 @@ def train(job: Job, batches: Iterable[Batch], seconds: float, warm_up: int = 1) 
         seed=0,
         log_every=2**31,
     )
-    hooks = {"stop": recorder, "on_step": recorder.on_step, "prepare": job.parts.ahead(job.module)}
+    hooks = {"stop": recorder, "on_step": recorder.on_step, "prepare": job.parts.ahead(job.engine)}
     try:
         train_stage(job.engine, source, plan, **hooks)
     except Stopped:
