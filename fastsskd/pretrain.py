@@ -96,11 +96,12 @@ class Pretrain(nn.Module):
         """Features of the three views, ``(B, N, D)`` each; the raw view is a target and needs no graph."""
         model = self.model
         dtype = model.patch_embed.weight.dtype
+        raw_patches = views.raw.to(dtype)
         if raw is None:
             with contextlib.nullcontext() if self.loss.raw_gradient else torch.no_grad():
-                raw = self._raw(views.raw)
+                raw = self._raw(raw_patches)
         tokens_intra = model.embed(views.intra.to(dtype))
-        tokens_inter = model.mae(model.embed(views.raw.to(dtype)), model.pos_embed, views.ids_keep)
+        tokens_inter = model.mae(model.embed(raw_patches), model.pos_embed, views.ids_keep)
         # One pass for both: the same numbers from half as many, larger, matrix products.
         intra, inter = model.aft(torch.cat([tokens_intra, tokens_inter])).chunk(2)
         return raw, intra, inter

@@ -110,7 +110,7 @@ def test_communication_hides_behind_the_backward_pass_only_if_the_file_says_so(a
 def test_the_contrast_gathers_all_clips_features(audioset):
     off = replace(audioset, loss=replace(audioset.loss, contrast_intra=False, contrast_inter=False))
     with_, without = (plan_at(make_job(one), 64).stages["ssl"].sent for one in (audioset, off))
-    assert with_ - without == 2 * 63 * 4 * 769 * 4  # two views, the others' 4 clips each, 768 numbers and a flag
+    assert with_ - without == 63 * 4 * 769 * 4  # the others' 4 clips each, 768 numbers and a flag; both views take them
 
 
 def test_the_loader_counts_when_it_is_the_slowest(audioset):
@@ -139,6 +139,16 @@ def test_more_gpus_never_take_longer(audioset):
         assert totals == sorted(totals, reverse=True)
     assert all(one.memory[0] is None for one in plans)  # refused in 16 bits
     assert plan_at(make_job(audioset, tree={"train_batch_size": 8}), 8).memory[0] is not None
+
+
+def test_micro_batches_of_a_step_wait_in_memory(audioset):
+    job = make_job(audioset)
+    whole, cut = (replace(job, tree={**TREE, "train_batch_size": 64, "gradient_accumulation_steps": n}) for n in (1, 4))
+    more = (
+        plan_at(cut, 8).memory[1].batches
+        - plan_at(replace(whole, tree={**TREE, "train_batch_size": 16}), 8).memory[1].batches
+    )
+    assert more == 6 * job.work["ssl"].batch + 8 * 512 * 768 * 2  # three of 2 clips, and the raw features of all 8
 
 
 def test_more_memory_takes_larger_batches(audioset):

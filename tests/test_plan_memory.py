@@ -71,6 +71,15 @@ def test_activations(make_model, make_batch, size, clips, dtype, checkpointing, 
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("loss", LOSSES[:2])
+def test_what_a_step_of_several_micro_batches_looks_at_ahead(make_model, make_batch, loss, dtype):
+    config = Config(model=ModelConfig(size="nano"), data=DataConfig(seconds=SECONDS), loss=loss)
+    module = Pretrain(make_model("nano"), loss, MaskConfig()).to(dtype)
+    ahead = module([make_batch([0, 1, 2]), make_batch([3, 4])]) if module.looks_ahead else []
+    assert sum(batch.raw_features.nbytes for batch in ahead) == 5 * plan_memory.ahead_bytes(config, TYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_with_simam(make_model, make_batch, dtype, checkpointing):
     batch, element = make_batch(range(3)), TYPES[dtype]

@@ -247,6 +247,13 @@ def _stage_bytes(kind: str, config: Config, element: int, num_classes: int) -> t
     return kept + simam_kept, workspace_bytes(size, n, element, again) + spectrogram + simam_again
 
 
+def ahead_bytes(config: Config, element: int) -> float:
+    """Of one clip, where a step is cut into micro-batches: :meth:`fastsskd.pretrain.Pretrain.look_ahead`'s features."""
+    loss = config.loss
+    looks = (loss.contrast_intra or loss.contrast_inter) and not loss.raw_gradient
+    return num_tokens(config.data.seconds) * SIZES[config.model.size].embed_dim * element * float(looks)
+
+
 def batch_bytes(seconds: float, waveform: bool) -> float:
     """One clip as the loader gives it: spectrogram, HOG, and its waveform for a teacher."""
     n = num_tokens(seconds)
@@ -280,6 +287,7 @@ def memory(
     micro: int,
     clip: tuple[float, float],
     batch: float,
+    waiting: float = 0.0,
     *,
     on_gpu: bool = True,
 ) -> Memory:
@@ -288,6 +296,7 @@ def memory(
     Args:
         micro: clips of a micro-batch.
         clip: kept and workspace bytes of one, see :func:`stage_bytes`. batch: of one in the loader's batches.
+        waiting: bytes of the step's other micro-batches.
         on_gpu: otherwise a CPU's memory: no context, and of a bucket only the pages that gradients touch.
     """
     held = model_bytes(parameters, zero, ranks)
@@ -301,7 +310,7 @@ def memory(
         teacher=4.0 * parameters.teacher,
         activations=micro * clip[0],
         workspace=workspace,
-        batches=(BATCHES_AHEAD + 1) * micro * batch,
+        batches=(BATCHES_AHEAD + 1) * micro * batch + waiting,
         context=CONTEXT if on_gpu else 0.0,
     )
 

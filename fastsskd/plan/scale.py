@@ -129,9 +129,10 @@ def sent(zero: Zero, trained: int, sizes: BatchSizes, ranks: int) -> tuple[float
 
 def contrast_sent(config: Config, sizes: BatchSizes, ranks: int) -> float:
     """Bytes each rank sends in a step so that every rank has all clips' pooled features (Formulas 8 and 9)."""
-    views = config.loss.contrast_intra + config.loss.contrast_inter
-    own = sizes.micro * (SIZES[config.model.size].embed_dim + 1) * 4.0
-    return views * own * (ranks - 1) * sizes.accumulation * (2.0 if config.loss.raw_gradient else 1.0)
+    if not (config.loss.contrast_intra or config.loss.contrast_inter):
+        return 0.0
+    own = sizes.micro * sizes.accumulation * (SIZES[config.model.size].embed_dim + 1) * 4.0
+    return own * (ranks - 1) * (2.0 if config.loss.raw_gradient else 1.0)
 
 
 def transfer_seconds(job: Job, data: float, ranks: int, collectives: float) -> float:
@@ -155,7 +156,7 @@ def exposed_seconds(job: Job, work: StageWork, zero: Zero, sizes: BatchSizes, ra
     gather = transfer_seconds(job, weights, ranks, blocks if weights else 0)
     contrast = 0.0
     if work.kind == "ssl" and (data := contrast_sent(job.config, sizes, ranks)):
-        contrast = transfer_seconds(job, data, ranks, 2 * sizes.accumulation)
+        contrast = transfer_seconds(job, data, ranks, 2 * sizes.accumulation if job.config.loss.raw_gradient else 1)
     if not zero.overlap:
         return reduce + gather + contrast
     backward = 2.0 / 3.0 * compute * passes / sizes.accumulation
@@ -199,12 +200,16 @@ def step_plan(job: Job, work: StageWork, sizes: BatchSizes, ranks: int) -> StepP
     )
 
 
-def memory_at(job: Job, zero: Zero, ranks: int, micro: int) -> Memory:
+def memory_at(job: Job, zero: Zero, ranks: int, sizes: BatchSizes) -> Memory:
     """Of the hungriest stage."""
-    found = [
-        memory.memory(work.parameters, zero, ranks, micro, work.clip, work.batch, on_gpu=job.on_gpu)
-        for work in job.work.values()
-    ]
+    found = []
+    for work in job.work.values():
+        # A step holds its micro-batches from the beginning, and in Multi-SSL what was seen looking ahead.
+        waiting = (sizes.accumulation - 1) * sizes.micro * work.batch
+        if work.kind == "ssl" and sizes.accumulation > 1:
+            waiting += sizes.accumulation * sizes.micro * memory.ahead_bytes(job.config, zero.element)
+        clips = (work.clip, work.batch, waiting)
+        found.append(memory.memory(work.parameters, zero, ranks, sizes.micro, *clips, on_gpu=job.on_gpu))
     return max(found, key=lambda one: one.total)
 
 
@@ -217,10 +222,13 @@ def plan_at(job: Job, gpus: int) -> Plan:
     for stage in range(4):
         refused = stage == 0 and half  # ds_config.py says why
         zero = zero_of(job.tree, stage)
-        by_stage[stage] = None if refused else memory_at(job, zero, gpus, sizes.micro)
+        by_stage[stage] = None if refused else memory_at(job, zero, gpus, sizes)
         volume[stage] = None if refused else sum(sent(zero, first.parameters.trained, sizes, gpus))
     own = zero_of(job.tree)
-    largest = memory.largest(lambda micro: memory_at(job, own, gpus, micro).total + job.base <= job.gpu.memory)
+
+    def fits(micro: int) -> bool:
+        return memory_at(job, own, gpus, BatchSizes(micro * gpus, micro, 1)).total + job.base <= job.gpu.memory
+
     stages = {kind: step_plan(job, work, sizes, gpus) for kind, work in job.work.items()}
     return Plan(
         gpus=gpus,
@@ -228,7 +236,7 @@ def plan_at(job: Job, gpus: int) -> Plan:
         grown=grown,
         memory=by_stage,
         sent=volume,
-        largest_micro=largest,
+        largest_micro=memory.largest(fits),
         stages=stages,
         hours=sum(stage.hours for kind, stage in stages.items() if kind != "teacher"),
         teacher_hours=stages["teacher"].hours if "teacher" in stages else 0.0,
