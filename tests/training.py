@@ -175,10 +175,11 @@ class ForkedTraining:
         how = {"ranks": ranks, "harm": list(harm), "pictures": pictures}
         return self._start(out, "launch.train.main", arguments(out, clips, **options), **how)
 
-    def call(self, function: str, *given, ranks=1) -> None:
-        """Call a function, by its full name, on each of some ranks; it must return None."""
-        run = self._start(self.folder, function, [str(value) for value in given], ranks=ranks)
-        assert run.wait() == [0] * ranks, run.printed[-3000:]
+    def call(self, function: str, *given, ranks=1, expect=0, harm=()) -> None:
+        """Call a function, by its full name, on each of some ranks; it must return None, or ``expect``."""
+        how = {"ranks": ranks, "harm": list(harm)}
+        run = self._start(self.folder, function, [str(value) for value in given], **how)
+        assert run.wait() == [expect] * ranks, run.printed[-3000:]
 
     def _start(self, out: Path, function: str, given: list[str], **how) -> Run:
         self._count += 1
