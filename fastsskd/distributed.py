@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fastsskd.errors import InputError
+
 
 def start(device: str, timeout: float = 600.0) -> None:
     """Initialise DeepSpeed's process group: NCCL on GPUs, gloo on CPUs; a lone process becomes rank 0 of 1.
@@ -18,6 +20,9 @@ def start(device: str, timeout: float = 600.0) -> None:
     Args:
         device: ``"cpu"`` or ``"cuda"``.
         timeout: seconds that a rank waits for the others, here and in this file's functions.
+
+    Raises:
+        InputError: another program has the port of rank 0.
     """
     global _timeout
     _timeout = timedelta(seconds=timeout)
@@ -42,7 +47,16 @@ def start(device: str, timeout: float = 600.0) -> None:
     elif "OMP_NUM_THREADS" not in os.environ:  # every rank would take all cores
         torch.set_num_threads(cores_per_rank())
     backend = "nccl" if device == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=_timeout)
+    try:
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=_timeout)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = int(os.environ["MASTER_PORT"])
+        raise InputError(
+            f"port {port} of this machine is taken, perhaps by another run; give this one a port of its own: "
+            f"--master_port {port + 1}"
+        ) from None
 
 
 def cores_per_rank() -> int:

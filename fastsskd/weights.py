@@ -71,7 +71,11 @@ def save_model(path: str | Path, state: dict[str, Tensor], info: ModelInfo, dtyp
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     metadata = {"format": "pt", "fastsskd": json.dumps({**asdict(info), "version": __version__})}
+    temporary.unlink(missing_ok=True)
+    temporary.touch()
+    rights = temporary.stat().st_mode  # those of any new file; safetensors would have the owner alone read it
     save_file({k: v.detach().to(dtype).cpu().contiguous() for k, v in state.items()}, temporary, metadata)
+    temporary.chmod(rights)
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)

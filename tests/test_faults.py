@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -286,6 +288,18 @@ def test_a_full_disk_while_saving(training, tones, tmp_path, whole, resume, rank
     assert f"{step_of(8)} could not be written (rank {rank}: " in line and "make room, then --resume" in line
     assert checkpoints(out) == [step_of(4)]
     assert resume(out)[0] == whole[2]
+
+
+def test_two_runs_with_one_port(tones, tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, str(ROOT / "launch/train.py"), *arguments(tmp_path / "run", tones, **OPTIONS)]
+        run = subprocess.run(command, env=environment() | rank, capture_output=True, text=True, timeout=120)
+    (line,) = errors(run.stderr)
+    assert run.returncode == 1 and f"port {port} of this machine is taken" in line and "Traceback" not in run.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers

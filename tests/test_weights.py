@@ -44,6 +44,12 @@ def refusal(action, *args) -> str:
 # --------------------------------------------------------------------------------------------------------- round trip
 
 
+def test_others_may_read_a_model_file_as_any_other_file(saved, tmp_path):
+    _, path = saved
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_what_is_saved_is_loaded_bit_for_bit(saved, make_batch):
     model, path = saved
     loaded, info = load_model(path)
