@@ -71,6 +71,14 @@ def _plan(result: dict) -> dict[str, Figure]:
     return found
 
 
+def _scale(result: dict) -> dict[str, Figure]:
+    return {
+        f"{row['kind']}, {row['ranks']} ranks, {run}": of_samples(samples, "clips/s", True)
+        for row in result.get("rows", ())
+        for run, samples in row["samples"].items()
+    }
+
+
 READERS = {
     "kernels": _kernels,
     "throughput": _throughput,
@@ -78,6 +86,7 @@ READERS = {
     "train_step_gpu": _train_step,
     "teach": _teach,
     "plan": _plan,
+    "scale": _scale,
 }
 
 

@@ -47,6 +47,7 @@ SCRIPTS = (
     Script("train_step", "train_step.py", 25),
     Script("throughput", "throughput.py", 35, ("--rounds", "3", "--window", "3")),
     Script("teach", "teach.py", 6),
+    Script("scale", "scale.py", 8),
     Script("plan", "plan_check.py", 12, ("--rounds", "1")),
     Script("intervals", "intervals.py", 4),
 )

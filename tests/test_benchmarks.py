@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from fastsskd import manifest
 
@@ -220,6 +221,21 @@ def test_smoke_train_step(tmp_path):
     assert len(rows) == 13 and all(row["median_s"] > 0 for row in rows.values())
     assert found["labelled"]["labels only"]["share_of_teacher"] == 0.0
     assert "| labels and BEATs |" in (tmp_path / "train_step.md").read_text()
+
+
+@pytest.mark.slow
+def test_smoke_scale(tmp_path, script):
+    command = [sys.executable, str(BENCHMARKS / "scale.py"), "--smoke", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "scale.json").read_text())["rows"]
+    assert [(row["kind"], row["ranks"]) for row in rows] == [("distill", 1), ("distill", 2)]
+    assert all(row[run] > 0 for row in rows for run in ("cached", "loader", "end_to_end"))
+    assert rows[0]["communication"] == 0 and rows[0]["efficiency"] == 1
+    ideal = rows[0]["end_to_end"] * (2 if torch.cuda.is_available() else 1)
+    assert rows[1]["efficiency"] == pytest.approx(rows[1]["end_to_end"] / ideal)
+    assert "| labels | 2 |" in (tmp_path / "scale.md").read_text() and (tmp_path / "scale.png").stat().st_size > 5_000
+    assert script("scale").rank_counts(6) == [1, 2, 4, 6] and script("scale").rank_counts(8) == [1, 2, 4, 8]
 
 
 def test_what_fits_into_the_budget(script):
