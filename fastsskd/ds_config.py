@@ -160,7 +160,7 @@ def check_device(tree: dict[str, Any], device: str) -> None:
         capability = torch.cuda.get_device_capability()
         card = f"{torch.cuda.get_device_name()} (sm_{capability[0]}{capability[1]})"
         if not _has_code_for(capability, torch.cuda.get_arch_list()):
-            build = "cu126 build of torch 2.11 and fastsskd[cuda12]: see 'V100' in README.md"
+            build = "cu126 build of torch 2.11 and fastsskd[cuda12]: see 'V100' in docs/cluster.md"
             if capability >= (7, 5):
                 build = "newest build of torch 2.11 (cu130) and fastsskd[cuda13]"
             raise UsageError(f"this torch build has no code for {card}; install the {build}")

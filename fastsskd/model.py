@@ -1,4 +1,4 @@
-"""The model: patch embedding, AFT, MAE module, decoder and class head (Figure 2; README, "Method").
+"""The model: patch embedding, AFT, MAE module, decoder and class head (Figure 2; docs/method.md).
 
 Shapes: a spectrogram is ``(B, T, F)``, frames by mel bins; its patches are ``(B, N, 256)``, time-major, so patch
 ``n = t * grid_f + f``; tokens are ``(B, N, D)``.

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -243,6 +244,22 @@ def test_the_layouts_are_those_of_the_reader():
     rows = re.findall(r"^\| ([\w ,-]+?) \|", index.__doc__, re.MULTILINE)[1:]
     section = PAGES["docs/data.md"].partition("## Layouts")[2].partition("## The steps")[0]
     assert set(re.findall(r"^\| ([\w ,-]+?) \|", section, re.MULTILINE)[1:]) == set(rows)
+
+
+@pytest.mark.parametrize(
+    ("row", "recipe"),
+    [("AudioSet-2M", "audioset2m"), ("AudioSet-20K", "audioset20k_balanced"), ("VGGSound", "vggsound")],
+)
+def test_the_hours_are_those_of_the_plan(row, recipe, capsys, monkeypatch):
+    (line,) = re.findall(rf"^\| {row} \| (\d.+) \|$", PAGES["docs/data.md"], re.MULTILINE)
+    clips, _, eight, all_32 = line.split(" | ")
+    monkeypatch.chdir(ROOT)
+    files = ["--config", f"launch/configs/{recipe}.toml", "--ds_config", "launch/ds_config_v100.json"]
+    assert cli.main(["plan", *files, "--clips", clips.replace(",", ""), "--gpus", "8", "32", "--json"]) == 0
+    planned = {plan["gpus"]: plan["hours"] for plan in json.loads(capsys.readouterr().out)["plans"]}
+    for gpus, said in ((8, eight), (32, all_32)):
+        hours = float(said.split()[0])
+        assert hours == pytest.approx(planned[gpus], abs=0.05 if hours < 10 else 0.5)
 
 
 # ----------------------------------------------------------------------------------------- the main paths, run in order
