@@ -222,11 +222,12 @@ def test_clips_in_tar_shards_can_be_packed_again(small, reference, tmp_path):
         np.testing.assert_array_equal(samples_of(again, i), samples_of(first, i))
 
 
-def test_marked_clips_are_rejected_but_for_those_that_wait_for_pack(tmp_path):
+def test_marked_clips_are_rejected_but_for_those_that_wait_for_pack(tmp_path, capsys):
     files = {"a.wav": damaged_audio.good_clips()["short.wav"], "b.wav": damaged_audio.good_clips()["short.wav"]}
     files["c.mp3"] = damaged_audio.encode(damaged_audio.tone(), kind="MP3")
     manifest.save(table_of(tmp_path, files), tmp_path / "m")
     assert cli.main(["check", str(tmp_path / "m"), "--write"]) == 1  # the loader does not read MP3
+    assert "1 of these are in formats that `fastsskd pack` reads" in capsys.readouterr().err
     manifest.mark_bad(tmp_path / "m", {"b.wav": "sounds wrong"})
     result = pack(manifest.load(tmp_path / "m"), tmp_path / "packed")
     assert result.rejected == {"b.wav": "sounds wrong"} and result.manifest.good.all()

@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from fastsskd.check import find_bad
     from fastsskd.loader import open_manifest
     from fastsskd.manifest import mark_bad
+    from fastsskd.pack.clip import MARKED_FOR_PACK
 
     table = open_manifest(args.manifest)
     bad: dict[str, str] = {}
@@ -53,4 +54,6 @@ def run(args: argparse.Namespace) -> int:
             print(f"{key}\t{reason}")
     marked = " (marked in the manifest)" if args.write and bad else ""
     print(f"{len(bad)} of {len(table)} clips are bad{marked}", file=sys.stderr)
+    if unread := sum(MARKED_FOR_PACK in reason for reason in bad.values()):
+        print(f"{unread} of these are in formats that `fastsskd pack` reads, and training does not", file=sys.stderr)
     return 1 if bad else 0
