@@ -429,6 +429,50 @@ def test_esc50_step_by_step(user, capsys):
     assert [user.do(line, instead=where | {"my.manifest": "esc50.manifest"}) for line in words] == ["evaluate", "probe"]
 
 
+AUDIOSET_HEAD = "# Segments csv created\n# num_ytids=1\n# YTID, start_seconds, end_seconds, positive_labels\n"
+SMALL = {"recipe.iterations": 1, "augment.time_mask": 24, "augment.freq_mask": 16}
+ANY_MACHINE = {"launch/ds_config_v100.json": "launch/ds_config.json"}
+
+
+@pytest.mark.slow
+def test_audioset_step_by_step(user, capsys):
+    """Two classes, clips with both; one clip of each list is not there."""
+    folder, mids = user.folder / "AudioSet", ("/m/09x0r", "/m/04rlf")
+    for number, (name, count) in enumerate((("balanced_train", 12), ("unbalanced_train", 24), ("eval", 12))):
+        lines = []
+        for i in range(count + 1):
+            ytid, labels = f"{number}-{i:09d}", ",".join(mids[: 1 + i % 3 // 2] if i % 2 else mids[1:])
+            lines.append(f'{ytid}, {i}.000, {i + 10}.000, "{labels}"')
+            if i < count:
+                save_sound(folder / "audio" / f"{'Y' * (i % 2)}{ytid}.flac", 1.0, 32000, seed=100 * number + i)
+        (folder / f"{name}_segments.csv").write_text(AUDIOSET_HEAD + "\n".join(lines) + "\n")
+    names = [f"{i},{mid},{name}" for i, (mid, name) in enumerate(zip(mids, ("Speech", "Music"), strict=True))]
+    (folder / "class_labels_indices.csv").write_text("index,mid,display_name\n" + "\n".join(names) + "\n")
+    other = {"packed": "audioset", "data.manifest=packed": "data.manifest=audioset"}
+    ran = user.follow("docs/data.md", "AudioSet", instead=other | ANY_MACHINE, short=SMALL)
+    assert ran == ["index", "pack", "stats", "plan", "train.py"]
+    said = capsys.readouterr()
+    assert "48 clips, 2 classes, layout audioset" in said.err and "left out 3 clips that are listed" in said.err
+    result = json.loads((user.folder / "runs/audioset2m/result.json").read_text())
+    assert (result["num_train"], result["num_eval"]) == (36, 12) and result["metrics"]["mAP"] > 0
+
+
+@pytest.mark.slow
+def test_vggsound_step_by_step(user, capsys):
+    lines = []
+    for i in range(40):
+        side, label = ("train", "test")[i % 5 == 0], ("dog barking", '"people, crowd"')[i // 5 % 2]
+        lines.append(f"vgg{i:08d},{i},{label},{side}")
+        save_sound(user.folder / "VGGSound/audio" / f"vgg{i:08d}_{i:06d}.wav", 1.0, 48000, seed=i, channels=2)
+    (user.folder / "VGGSound/vggsound.csv").write_text("\n".join(lines) + "\n")
+    other = {"packed": "vggsound", "data.manifest=packed": "data.manifest=vggsound"}
+    ran = user.follow("docs/data.md", "VGGSound", instead=other | ANY_MACHINE, short=SMALL)
+    assert ran == ["index", "pack", "stats", "train.py"]
+    assert "40 clips, 2 classes, layout vggsound" in capsys.readouterr().err
+    result = json.loads((user.folder / "runs/vggsound/result.json").read_text())
+    assert (result["num_train"], result["num_eval"]) == (32, 8)
+
+
 def test_the_python_lines(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "runs/mine/checkpoints/iter2-distill")
     save_sound(tmp_path / "a.wav", 1.0)
