@@ -1,10 +1,12 @@
-"""What the benchmarks share: waiting for an idle machine, saying which machine it was, requirements met or missed,
-results as files."""
+"""What the benchmarks share: waiting for an idle machine, saying which machine it was, parts in processes of
+their own, requirements met or missed, results as files."""
 
 import datetime
 import json
 import os
 import platform
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -63,6 +65,21 @@ def machine_line(about: dict) -> str:
         f"{about['load_average'][0]} at the start, machine otherwise idle in {about['samples_on_an_idle_machine']} "
         f"samples. `{about['command']}`"
     )
+
+
+def run_part(name: str, command: list[str], limit: float | None = None) -> dict:
+    """Run one part; how many seconds it took, and if it failed or ran past the limit, the last line of what it said."""
+    begin = time.monotonic()
+    print(f"{name}: {' '.join(command[1:])}", file=sys.stderr, flush=True)
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"seconds": limit, "failed": f"stopped after {limit:.0f} s"}
+    found: dict = {"seconds": time.monotonic() - begin}
+    if done.returncode:
+        lines = [line for line in done.stdout.splitlines() if line.strip()]
+        found["failed"] = lines[-1].strip()[:200] if lines else f"exit code {done.returncode}"
+    return found
 
 
 def verdict(what: str, value: float, sign: str, limit: float, unit: str) -> dict:

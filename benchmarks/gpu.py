@@ -44,21 +44,6 @@ class Clock:
         return max(self.end - time.monotonic(), 1.0)
 
 
-def part(name: str, command: list[str], limit: float) -> dict:
-    """Run one; how long it took, and if it failed or ran out of time, the last line of what it said."""
-    begin = time.monotonic()
-    print(f"{name}: {' '.join(command[1:])}", file=sys.stderr, flush=True)
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"seconds": limit, "failed": f"stopped after {limit:.0f} s"}
-    found: dict = {"seconds": time.monotonic() - begin}
-    if done.returncode:
-        lines = [line for line in done.stdout.strip().splitlines() if line.strip()]
-        found["failed"] = lines[-1][:200] if lines else f"exit code {done.returncode}"
-    return found
-
-
 def save_clips(folder: Path, count: int, seconds: float) -> dict[str, Path]:
     """Noise that swells and fades in three kinds of files, after the first few of them under further names.
 
@@ -109,7 +94,8 @@ def train(name: str, manifest: Path, folder: Path, args: argparse.Namespace, lim
     }
     command = [sys.executable, str(LAUNCH / "train.py"), "--ds_config", str(folder / "ds.json")]
     command += ["--config", str(LAUNCH / "configs" / "audioset2m.toml")]
-    found = part(name, command + [w for key, value in fields.items() for w in ("--set", f"{key}={value}")], limit)
+    command += [word for key, value in fields.items() for word in ("--set", f"{key}={value}")]
+    found = common.run_part(name, command, limit)
     metrics = folder / f"run-{name}" / "metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     steady = lines[2:] or lines[1:]
@@ -129,10 +115,10 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     found = {}
     if not args.smoke:
         command = [python, str(HERE / "kernels.py"), "--rounds", "3", "--patience", "0", "--out", str(args.out)]
-        found["kernels"] = part("kernels", command, clock.left() / 4)
+        found["kernels"] = common.run_part("kernels", command, clock.left() / 4)
     step = [python, str(HERE / "train_step.py"), "--size", args.size, "--batch", str(args.batch), "--patience", "0"]
     step += ["--rounds", "1" if args.smoke else "5", "--out", str(args.out), *smoke]
-    found["training step"] = part("training step", step, clock.left() / 2)
+    found["training step"] = common.run_part("training step", step, clock.left() / 2)
     manifests = save_clips(folder, args.clips, args.seconds)
     for number, (name, _, _) in enumerate(SOURCES):
         found[f"from {name}"] = train(name, manifests[name], folder, args, clock.left() / (len(SOURCES) - number))

@@ -13,7 +13,7 @@ from fastsskd.views import Views
 class ThreePasses(Pretrain):
     """The masked views one after the other, as the formulas are written."""
 
-    def _features(self, views: Views) -> tuple[Tensor, Tensor, Tensor]:
+    def _features(self, views: Views, raw: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         model, dtype = self.model, self.model.patch_embed.weight.dtype
         raw_patches = views.raw.to(dtype)
         with torch.set_grad_enabled(self.loss.raw_gradient):
@@ -28,7 +28,7 @@ class ThreePasses(Pretrain):
 class MaskedTokensToo(Pretrain):
     """Masked places hold the mask token before the MAE module, which then sees all N tokens."""
 
-    def _features(self, views: Views) -> tuple[Tensor, Tensor, Tensor]:
+    def _features(self, views: Views, raw: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         model, dtype = self.model, self.model.patch_embed.weight.dtype
         raw_patches = views.raw.to(dtype)
         with torch.set_grad_enabled(self.loss.raw_gradient):

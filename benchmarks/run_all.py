@@ -14,9 +14,7 @@ figure is worse.
 
 import argparse
 import json
-import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,17 +62,10 @@ def choose(scripts: tuple[Script, ...], budget: float) -> tuple[list[Script], li
 
 
 def run(script: Script, args: argparse.Namespace) -> dict:
-    """Run one; returns its minutes and, if it failed, the last line of what it said."""
+    """Run one; see :func:`common.run_part`."""
     options = ("--smoke",) if args.smoke else script.options
     command = [sys.executable, str(HERE / script.file), *options, "--out", str(args.out)]
-    begin = time.monotonic()
-    print(f"{script.file} {' '.join(options)}", file=sys.stderr, flush=True)
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    found = {"name": script.name, "minutes": (time.monotonic() - begin) / 60}
-    if done.returncode:
-        lines = done.stdout.strip().splitlines()
-        found["failed"] = lines[-1][:200] if lines else f"exit code {done.returncode}"
-    return found
+    return {"name": script.name, **common.run_part(script.name, command)}
 
 
 def read(folder: Path) -> dict[str, dict]:
@@ -96,7 +87,7 @@ def page(ran: list[dict], left: list[Script], results: dict[str, dict], rows: li
     lines = ["# All benchmarks", ""]
     for item in ran:
         lines.append(
-            f"- {item['name']}: {item['minutes']:.1f} min"
+            f"- {item['name']}: {item['seconds'] / 60:.1f} min"
             + (f", **failed**: {item['failed']}" if "failed" in item else "")
         )
     lines += [f"- {script.name}: left out, it takes about {script.minutes:g} min" for script in left]

@@ -1,11 +1,14 @@
-"""Augmentation of the labelled stage, on normalised spectrograms. Every draw comes from the clip's seed."""
+"""Augmentation on normalised spectrograms. Every draw comes from the clip's seed."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 import fastsskd_kernels as kernels
+from fastsskd.batch import Batch
 from fastsskd.config import AugmentConfig
 
 _STREAM = 110  # random streams 110, 111, 112
@@ -60,6 +63,21 @@ def mix_fbank(fbank: Tensor, partner: Tensor, ratio: Tensor, std: float) -> Tens
     power = (fbank * scale).exp_()
     mixed = torch.lerp(power[partner], power, ratio.view(-1, 1, 1))
     return mixed.clamp_min_(torch.finfo(torch.float32).tiny).log_().div_(scale)
+
+
+@torch.no_grad()
+def vary(batch: Batch, config: AugmentConfig, std: float, num_frames: int) -> Batch:
+    """Other clips for Multi-SSL, ``augment.ssl``: mixed, rolled and with noise, and HOG statistics of what came of it.
+
+    Bands are left to the masks. Arguments as for :func:`mix_fbank` and :func:`augment`.
+    """
+    fbank = batch.fbank
+    if config.mixup > 0 and len(batch) > 1:
+        fbank = mix_fbank(fbank, *mixup_partner(batch.seed, config), std)
+    fbank = augment(fbank, batch.seed, replace(config, time_mask=0, freq_mask=0), num_frames)
+    # Formula 1 does not know the scale, so that gradients of the normalised spectrogram do.
+    whole = kernels.pad_frames(fbank[:, :num_frames], fbank.shape[1], "repeat")
+    return replace(batch, fbank=fbank, hog=kernels.hog_patch_mean(whole))
 
 
 def _roll(fbank: Tensor, share: Tensor, num_frames: int) -> Tensor:

@@ -193,6 +193,7 @@ class AugmentConfig:
     noise: float = _option(0.0, "largest standard deviation of noise added to the normalised spectrogram", low=0.0)
     time_mask: int = _option(0, "SpecAugment: widest time band in frames", low=0)
     freq_mask: int = _option(0, "SpecAugment: widest frequency band in mel bins", low=0, high=128)
+    ssl: bool = _option(False, "mixup, time_roll and noise in Multi-SSL too: for small sets, which it learns by heart")
 
 
 @dataclass(frozen=True)

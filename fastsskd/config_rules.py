@@ -25,6 +25,9 @@ def contradictions(config: Any) -> Iterator[str]:
     kinds, views = ("restore", "mse", "kl", "contrast"), ("intra", "inter")
     if "ssl" in config.recipe.stages and not any(getattr(loss, f"{kind}_{view}") for kind in kinds for view in views):
         yield "[loss] switches off all eight terms; leave one on, or recipe.stages = ['distill']"
+    augment = config.augment
+    if augment.ssl and not (augment.mixup or augment.time_roll or augment.noise):
+        yield "augment.ssl without augment.mixup, time_roll or noise changes nothing: set one of them, or ssl = false"
     if "distill" in config.recipe.stages:
         yield from _of_labelled_stages(config)
     yield from _of_teachers(config.distill)

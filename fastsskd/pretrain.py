@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,14 +24,22 @@ class Pretrain(nn.Module):
         model: the model; its class head, and the pooling of that, take no part.
         loss, mask: the [loss] and [mask] sections of the configuration.
         slots: clips per rank in a full batch, see :func:`fastsskd.losses.gather_keys`.
+        vary: what becomes of a batch before its views are made, see :func:`fastsskd.augment.vary`.
 
     Attributes:
         pooled: ``(B, D)`` AVG-pooled raw features of the last step, for :func:`fastsskd.health.of_features`.
     """
 
-    def __init__(self, model: ACM, loss: LossConfig, mask: MaskConfig, slots: int | None = None):
+    def __init__(
+        self,
+        model: ACM,
+        loss: LossConfig,
+        mask: MaskConfig,
+        slots: int | None = None,
+        vary: Callable[[Batch], Batch] = lambda batch: batch,
+    ):
         super().__init__()
-        self.model, self.loss, self.mask, self.slots = model, loss, mask, slots
+        self.model, self.loss, self.mask, self.slots, self.vary = model, loss, mask, slots, vary
         self.pooled: Tensor | None = None
         for parameter in model.parameters():
             parameter.requires_grad_(True)
@@ -54,6 +62,7 @@ class Pretrain(nn.Module):
         So a step is the same however many micro-batches it is cut into. It costs memory for the raw features of the
         step, and no time: they are not worked out again.
         """
+        batches = [self.vary(batch) for batch in batches]
         raw = [self._raw(patchify(batch.fbank)) for batch in batches]
         keys = losses.gather_keys([own.mean(dim=1) for own in raw], self.slots)
         return [replace(b, raw_features=own, keys=k) for b, own, k in zip(batches, raw, keys, strict=True)]
@@ -82,6 +91,8 @@ class Pretrain(nn.Module):
 
     def terms(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The terms that are switched on, without their weights and with their graphs; and the step's health."""
+        if batch.keys is None:  # not looked at yet
+            batch = self.vary(batch)
         views = make_views(batch, self.mask)
         raw, intra, inter = self._features(views, batch.raw_features)
         terms, seen = self._terms(views, raw, intra, inter, batch.keys)

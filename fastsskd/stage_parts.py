@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import fastsskd_kernels as kernels
 from fastsskd import distributed, ds_config, weights
 from fastsskd.answers.stored import StoredAnswers
+from fastsskd.augment import vary
 from fastsskd.bad_steps import SkippingAdamW
 from fastsskd.batch import Batch
 from fastsskd.class_map import load_class_map, why_features_only
@@ -28,6 +30,13 @@ from fastsskd.schedule import build_optimizer
 from fastsskd.stages import Stage, plan_stages
 from fastsskd.starting.initialise import initialise, starting_weights
 from fastsskd.teachers import Teacher, describe, load_teacher
+
+
+def varied(config: Config) -> dict[str, Callable[[Batch], Batch]]:
+    """The option of :class:`Pretrain` that ``augment.ssl`` asks for."""
+    frames = kernels.num_frames(config.num_samples)
+    options = {"config": config.augment, "std": config.data.std, "num_frames": frames}
+    return {"vary": functools.partial(vary, **options)} if config.augment.ssl else {}
 
 
 class StageParts:
@@ -124,7 +133,7 @@ class StageParts:
         """
         config = self.config
         if stage.kind == "ssl":
-            return Pretrain(model, config.loss, config.mask, slots=self.sizes.micro)
+            return Pretrain(model, config.loss, config.mask, self.sizes.micro, **varied(config))
         distill = config.distill
         if stage.kind == "teacher" or teacher is None:
             distill = dataclasses.replace(distill, labels=True)

@@ -6,7 +6,7 @@ import scipy.stats
 import torch
 
 import fastsskd_kernels as kernels
-from fastsskd.augment import _normal, augment, mix_fbank, mixup_partner
+from fastsskd.augment import _normal, augment, mix_fbank, mixup_partner, vary
 from fastsskd.config import AugmentConfig
 
 ALL = AugmentConfig(mixup=0.5, time_roll=True, noise=0.3, time_mask=20, freq_mask=24)
@@ -141,3 +141,33 @@ def test_augmentation_never_makes_the_host_wait(make_batch, no_waiting):
     with no_waiting():
         partner, ratio = mixup_partner(batch.seed, ALL)
         augment(mix_fbank(batch.fbank, partner, ratio, STD), batch.seed, ALL, FRAMES)
+
+
+# ----------------------------------------------------------------------------------------------------------- Multi-SSL
+
+
+def test_varied_clips_are_mixed_and_rolled_and_their_gradients_are_their_own(make_batch):
+    batch, config = make_batch(), AugmentConfig(mixup=1.0, time_roll=True, noise=0.2, time_mask=30, freq_mask=30)
+    varied = vary(batch, config, STD, FRAMES)
+    mixed = mix_fbank(batch.fbank, *mixup_partner(batch.seed, config), STD)
+    bands_off = AugmentConfig(mixup=1.0, time_roll=True, noise=0.2)
+    assert torch.equal(varied.fbank, augment(mixed, batch.seed, bands_off, FRAMES))
+    log_mel = varied.fbank[:, :FRAMES] * 2 * STD + MEAN  # as the loader has it before it normalises
+    expected = kernels.hog_patch_mean(kernels.pad_frames(log_mel, 96, "repeat"))
+    torch.testing.assert_close(varied.hog * 2 * STD, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(kernels.patch_weight(varied.hog), kernels.patch_weight(expected), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(varied.hog * 2 * STD, batch.hog, rtol=0.1)
+    assert torch.equal(varied.label, batch.label) and varied.key == batch.key
+
+
+def test_a_clip_that_is_left_as_it_is_keeps_its_weights(make_batch):
+    batch = make_batch()
+    varied = vary(batch, AugmentConfig(), STD, FRAMES)
+    assert torch.equal(varied.fbank, batch.fbank)
+    torch.testing.assert_close(kernels.patch_weight(varied.hog), kernels.patch_weight(batch.hog), rtol=1e-3, atol=1e-4)
+
+
+def test_varying_never_makes_the_host_wait(make_batch, no_waiting):
+    batch = make_batch()
+    with no_waiting():
+        vary(batch, AugmentConfig(mixup=0.5, time_roll=True), STD, FRAMES)

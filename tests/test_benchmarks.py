@@ -27,15 +27,20 @@ def script(monkeypatch):
     return importlib.import_module
 
 
+def smoke(name, out, *options):
+    """Run a script briefly; what it wrote as JSON."""
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--smoke", *options, "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (written,) = out.glob("*.json")
+    return json.loads(written.read_text())
+
+
 @pytest.mark.slow
 def test_smoke_throughput(tmp_path):
-    options = ["--smoke", "--generate", "--clips", "16", "--rounds", "1", "--big_gb", "0", "--rows", "0"]
-    names = ["--only", "ours", "lhotse"]
-    command = [sys.executable, str(BENCHMARKS / "throughput.py"), *options, *names, "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    text = (tmp_path / "throughput.json").read_text()
-    results = json.loads(text)
+    options = ["--generate", "--clips", "16", "--rounds", "1", "--big_gb", "0", "--rows", "0"]
+    results = smoke("throughput", tmp_path, *options, "--only", "ours", "lhotse")
+    text = json.dumps(results)
     measured = {(row["candidate"], row["source"]) for row in results["rows"]}
     assert {("ours", "flac"), ("ours", "packed"), ("ours", "ogg")} <= measured
     assert all(row["clips_per_s"] > 0 and row["cpu_s_per_1000"] > 0 and row["pss_mb"] > 0 for row in results["rows"])
@@ -161,11 +166,7 @@ def test_cpu_time_counts_children(script):
 
 @pytest.mark.slow
 def test_smoke_teach(tmp_path):
-    options = ["--smoke", "--student", "nano", "--batch", "2", "--rounds", "1", "--patience", "0"]
-    command = [sys.executable, str(BENCHMARKS / "teach.py"), *options, "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "teach.json").read_text())
+    result = smoke("teach", tmp_path, "--student", "nano", "--batch", "2", "--rounds", "1", "--patience", "0")
     assert result["command_bytes_per_million_clips"] == 1_000_000 * (2 * 64 + 2 * 21 + 2 * 20 + 1)
     assert result["bytes_per_million_clips"]["top 20"] == result["command_bytes_per_million_clips"]
     assert result["bytes_per_million_clips"]["all 527"] == 1_000_000 * (2 * 64 + 2 * 527 + 1)
@@ -176,11 +177,7 @@ def test_smoke_teach(tmp_path):
 
 
 def test_intervals_are_held_against_the_truth(tmp_path):
-    options = ["--smoke", "--out", str(tmp_path)]
-    command = [sys.executable, str(BENCHMARKS / "intervals.py"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    (row,) = json.loads((tmp_path / "intervals.json").read_text())["rows"]
+    (row,) = smoke("intervals", tmp_path)["rows"]
     # Eight clips a class: mAP is too high.
     assert row["clips"] == 80 and 0.4 < row["truth"]["mAP"] < row["mean_found"]["mAP"]
     assert all(row[kind]["mAP"] in (0.0, 0.5, 1.0) for kind in ("ours", "percentile"))
@@ -190,10 +187,7 @@ def test_intervals_are_held_against_the_truth(tmp_path):
 @pytest.mark.slow
 def test_smoke_kernels(tmp_path):
     """Each candidate's output is compared with the references before it is timed."""
-    command = [sys.executable, str(BENCHMARKS / "kernels.py"), "--smoke", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "kernels.json").read_text())
+    found = smoke("kernels", tmp_path)
     rows = [row for table in ("fbank", "hog", "fused", "threads", "masks") for row in found[table].values()]
     assert len(rows) > 20 and all(0 < row["best_ms"] <= row["median_ms"] for row in rows)
     assert len(found["verdicts"]) == 9 and "## threads" in (tmp_path / "kernels.md").read_text()
@@ -201,21 +195,14 @@ def test_smoke_kernels(tmp_path):
 
 @pytest.mark.slow
 def test_smoke_plan_check(tmp_path):
-    command = [sys.executable, str(BENCHMARKS / "plan_check.py"), "--smoke", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "plan.json").read_text())["rows"]
+    rows = smoke("plan_check", tmp_path)["rows"]
     assert {row["what"] for row in rows} == {"ssl", "distill", "teacher", "bytes"}
     assert all(row["predicted"] > 0 and row["run"] > 0 for row in rows)
 
 
 @pytest.mark.slow
 def test_smoke_train_step(tmp_path):
-    options = ["--smoke", "--size", "nano", "--batch", "2", "--rounds", "1", "--patience", "0"]
-    command = [sys.executable, str(BENCHMARKS / "train_step.py"), *options, "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "train_step.json").read_text())
+    found = smoke("train_step", tmp_path, "--size", "nano", "--batch", "2", "--rounds", "1", "--patience", "0")
     rows = found["rows"] | found["labelled"]
     assert [name for name, row in rows.items() if "failed" in row] == []
     assert len(rows) == 13 and all(row["median_s"] > 0 for row in rows.values())
@@ -225,10 +212,7 @@ def test_smoke_train_step(tmp_path):
 
 @pytest.mark.slow
 def test_smoke_scale(tmp_path, script):
-    command = [sys.executable, str(BENCHMARKS / "scale.py"), "--smoke", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "scale.json").read_text())["rows"]
+    rows = smoke("scale", tmp_path)["rows"]
     assert [(row["kind"], row["ranks"]) for row in rows] == [("distill", 1), ("distill", 2)]
     assert all(row[run] > 0 for row in rows for run in ("cached", "loader", "end_to_end"))
     assert rows[0]["communication"] == 0 and rows[0]["efficiency"] == 1
@@ -292,10 +276,7 @@ def test_committed_results_are_read_and_compared(script, tmp_path, capsys):
 @pytest.mark.slow
 def test_smoke_gpu(tmp_path):
     """All parts but the kernels, which have a test above; here on whatever there is."""
-    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--smoke", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    parts = smoke("gpu", tmp_path)["parts"]
     assert set(parts) == {"training step", "from packed", "from flac", "from ogg"}
     for name in ("packed", "flac", "ogg"):
         row = parts[f"from {name}"]

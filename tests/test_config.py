@@ -289,7 +289,7 @@ def values_of(field) -> st.SearchStrategy:
         "str": words,
         "str | tuple[str, ...]": words | st.lists(words, max_size=3).map(tuple),
         "int": st.integers(low, high if high is not None else 10**9),
-        "float": st.floats(low, high if high is not None else 1e9),
+        "float": st.floats(low, high if high is not None else 1e9, allow_infinity=False),
         "tuple[int, ...]": st.lists(st.integers(0, 9), max_size=4).map(tuple),
         "tuple[float, ...]": st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
     }[field.type]

@@ -214,6 +214,22 @@ def test_the_loss_does_not_depend_on_the_order_of_the_clips(make_model, make_bat
         assert others[name].item() == pytest.approx(metrics[name].item(), rel=1e-4), name
 
 
+def test_clips_are_varied_before_they_are_seen(make_model, make_batch):
+    def louder(batch):
+        return dataclasses.replace(batch, fbank=batch.fbank + 1.0, hog=batch.hog.flip(1))
+
+    model = used_model(make_model)
+    plain, varied = Pretrain(model, LossConfig(), MASK), Pretrain(model, LossConfig(), MASK, vary=louder)
+    parts, expected = (
+        [make_batch([0, 1, 2]), make_batch([3, 4])],
+        [louder(make_batch([0, 1, 2])), louder(make_batch([3, 4]))],
+    )
+    for batch, other in zip(parts, expected, strict=True):
+        assert varied(batch)[0] == plain(other)[0]
+    for batch, other in zip(varied(parts), plain(expected), strict=True):  # looked at ahead, and not varied twice
+        assert torch.equal(batch.fbank, other.fbank) and varied(batch)[0] == plain(other)[0]
+
+
 @pytest.mark.parametrize("option", [{}, {"restore_target": "res_raw"}, {"restore_on": "masked"}])
 def test_micro_batches_that_know_of_each_other_are_one_batch(make_model, make_batch, option):
     """Losses and gradients, with the contrast's negatives from all of them; not so without looking ahead."""

@@ -30,6 +30,7 @@ from fastsskd.plan.cost import StageCost, StageWork
 from fastsskd.plan.measured import Measured
 from fastsskd.pretrain import Pretrain
 from fastsskd.schedule import build_optimizer
+from fastsskd.stage_parts import varied
 from fastsskd.teachers.ensemble import Ensemble
 from fastsskd.teachers.ours import OwnTeacher
 from fastsskd.weights import ModelInfo
@@ -227,7 +228,8 @@ def _module(setting: _Setting, kind: str, teachers: tuple[str, ...], slots: int)
     options = {"seconds": config.data.seconds, "attention": model.attention, "pooling": model.pooling}
     options["activation_checkpointing"] = model.activation_checkpointing
     if kind == "ssl":
-        return Pretrain(build_model(model.size, setting.classes, **options), config.loss, config.mask, slots)
+        plain = build_model(model.size, setting.classes, **options)
+        return Pretrain(plain, config.loss, config.mask, slots, **varied(config))
     names = tuple(str(number) for number in range(setting.classes))
     return Distill(
         build_model(model.size, setting.classes, drop_path=model.drop_path, **options),
