@@ -31,6 +31,7 @@ from fastsskd.loader import Loader
 from fastsskd.model import build_model
 from fastsskd.pretrain import Pretrain
 from fastsskd.schedule import build_optimizer, learning_rate, set_learning_rate
+from fastsskd.stage_parts import varied
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -69,7 +70,7 @@ def measure(args: argparse.Namespace) -> dict:
     config = load_config(args.config, args.set)
     clips, data = open_data(config, args.batch).ssl, config.data
     model = build_model(config.model.size, 0, seconds=data.seconds, seed=config.run.seed)
-    module = Pretrain(model, config.loss, config.mask).train()
+    module = Pretrain(model, config.loss, config.mask, **varied(config)).train()
     optimizer = build_optimizer(module, config.ssl, config.optim)
     loader = Loader(
         clips,

@@ -167,6 +167,7 @@ def test_the_sizes_are_the_model_s():
             {"loss": {f"{k}_{v}": False for k in ("restore", "mse", "kl", "contrast") for v in ("intra", "inter")}},
             "switches off all eight terms",
         ),
+        ({"augment": {"ssl": True, "time_mask": 96}}, "set one of them, or ssl = false"),
     ],
 )
 def test_values_that_contradict_each_other_are_refused(tree, words):
