@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from fastsskd import hardware
+
 
 class IdleWatch:
     """Waits until nobody else computes, as long as its patience lasts, and counts how often that succeeded."""
@@ -42,13 +44,9 @@ def busy_ticks() -> tuple[float, float]:
 
 def machine(versions: dict[str, str], command: str) -> dict:
     """Where and when, without names."""
-    model = platform.processor() or "unknown"
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "cpu": model,
+        "cpu": hardware.cpu_name(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": versions,

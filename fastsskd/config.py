@@ -138,6 +138,11 @@ class LossConfig:
     restore_on: str = _option("all", "reconstruction over all pixels or the masked ones", choices=("all", "masked"))
     raw_gradient: bool = _option(False, "let gradients flow through the raw view, the fitting target")
 
+    @property
+    def contrasts(self) -> bool:
+        """Whether Formula 8 or 9 is on, so that clips are told apart from those of the global batch."""
+        return self.contrast_intra or self.contrast_inter
+
 
 @dataclass(frozen=True)
 class StageConfig:

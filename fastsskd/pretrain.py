@@ -53,7 +53,7 @@ class Pretrain(nn.Module):
 
         Not if the raw view has a gradient: that of one micro-batch ends before the next one's begins.
         """
-        return (self.loss.contrast_intra or self.loss.contrast_inter) and not self.loss.raw_gradient
+        return self.loss.contrasts and not self.loss.raw_gradient
 
     @torch.no_grad()
     def look_ahead(self, batches: Sequence[Batch]) -> list[Batch]:
@@ -127,7 +127,7 @@ class Pretrain(nn.Module):
         if loss.restore_target == "res_raw":
             with contextlib.nullcontext() if loss.raw_gradient else torch.no_grad():
                 target = self.model.decode(raw)
-        if keys is None and (loss.contrast_intra or loss.contrast_inter):
+        if keys is None and loss.contrasts:
             keys = losses.gather_keys([raw.mean(dim=1)], self.slots)[0]
         weight = views.weight if loss.hog_weight else None
         masks = {"intra": views.intra_mask, "inter": views.inter_mask.unsqueeze(-1).expand_as(views.intra_mask)}

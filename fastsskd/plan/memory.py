@@ -249,8 +249,7 @@ def _stage_bytes(kind: str, config: Config, element: int, num_classes: int) -> t
 
 def ahead_bytes(config: Config, element: int) -> float:
     """Of one clip, where a step is cut into micro-batches: :meth:`fastsskd.pretrain.Pretrain.look_ahead`'s features."""
-    loss = config.loss
-    looks = (loss.contrast_intra or loss.contrast_inter) and not loss.raw_gradient
+    looks = config.loss.contrasts and not config.loss.raw_gradient
     return num_tokens(config.data.seconds) * SIZES[config.model.size].embed_dim * element * float(looks)
 
 

@@ -129,7 +129,7 @@ def sent(zero: Zero, trained: int, sizes: BatchSizes, ranks: int) -> tuple[float
 
 def contrast_sent(config: Config, sizes: BatchSizes, ranks: int) -> float:
     """Bytes each rank sends in a step so that every rank has all clips' pooled features (Formulas 8 and 9)."""
-    if not (config.loss.contrast_intra or config.loss.contrast_inter):
+    if not config.loss.contrasts:
         return 0.0
     own = sizes.micro * sizes.accumulation * (SIZES[config.model.size].embed_dim + 1) * 4.0
     return own * (ranks - 1) * (2.0 if config.loss.raw_gradient else 1.0)
