@@ -15,6 +15,7 @@ travel from machine to machine better than milliseconds do.
 """
 
 # ruff: noqa: E402
+import math
 import os
 
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -238,6 +239,7 @@ def working_memory() -> dict:
         "FFT rows": 2 * plan.place.size * LANES,
         "waveform tile": plan.shift * (LANES + (plan.window.size - 1) // plan.shift),
         "mel rows": 128 * LANES,
+        "latest rows of the log-mel": 4 * math.lcm(LANES, 16) * 128,
         "HOG column sums": 128,
     }
     return {name: 4 * size for name, size in sizes.items()} | {"frames per block": LANES}

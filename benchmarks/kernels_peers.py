@@ -75,7 +75,7 @@ class DaliNumbaFeatures:
 
     def __init__(self, clips: np.ndarray, threads: int):
         plan = fbank_cpu.make_plan(16000, 128, "hanning")
-        shift, window, root, half_root, place, mel_start, mel_row, mel_weight = plan
+        shift, window, root, half_root, place, bin_start, bin_row, bin_weight = plan
         make = fbank_cpu.Plan
 
         def setup(outs, ins):
@@ -84,7 +84,7 @@ class DaliNumbaFeatures:
                 outs[1][i][0] = 512
 
         def run(fbank, hog, samples):
-            plan = make(shift, window, root, half_root, place, mel_start, mel_row, mel_weight)
+            plan = make(shift, window, root, half_root, place, bin_start, bin_row, bin_weight)
             norm = np.float32(-4.2677393), np.float32(0.5 / 4.5689974)
             features_batch(
                 samples.reshape(1, -1),

@@ -6,10 +6,11 @@ the FFT nor the mel filters ever shuffle lanes. What makes it short:
 
 - Reading: with the waveform cut into columns of one frame shift, sample n of neighbouring frames is neighbouring in
   memory: one transposition of a small tile, in registers, serves all overlapping frames.
-- Real FFT: N real samples are N/2 complex ones (even samples real, odd imaginary); one butterfly pass at the end turns
-  that spectrum into the power of bins k and N/2 - k.
-- FFT: radix 4, in place, decimation in frequency. Its output order is never undone; the last pass looks places up.
-- Mel: only the nonzero weights of each triangle.
+- Real FFT: N real samples are N/2 complex ones (even samples real, odd imaginary); the power of bins k and N/2 - k
+  comes from that spectrum at the same two bins.
+- FFT: radix 4, in place, decimation in frequency. Its output order is never undone; what follows looks places up. The
+  last pass has no factors, and its values become powers without being stored.
+- Mel: each bin is read once, for the two triangles it lies under.
 - Log: exponent and a polynomial, in integer and float arithmetic that a compiler vectorises.
 
 ``fbank.fbank_torch`` is the truth for all of it.
@@ -42,9 +43,9 @@ class Plan(NamedTuple):
     root: np.ndarray  # (H, 2) float32: cosine and sine of -2 pi k / H
     half_root: np.ndarray  # (H, 2) float32: the same of -2 pi k / N
     place: np.ndarray  # (H,) int64: row where the radix-4 passes leave frequency k, counted in complex rows
-    mel_start: np.ndarray  # (M + 1,) int64: where each triangle begins in the next two
-    mel_row: np.ndarray  # int64: row that holds the power of each bin under the triangle
-    mel_weight: np.ndarray  # float32: the weight of that bin
+    bin_start: np.ndarray  # (M + 1,) int64: where the bins of each triangle's rising side begin in the next two
+    bin_row: np.ndarray  # (K,) int64: row that holds the power of each bin under a triangle
+    bin_weight: np.ndarray  # (K, 2) float32: its weight in the triangle before, which falls there, and in this one
 
 
 @functools.lru_cache(maxsize=16)
@@ -53,19 +54,29 @@ def make_plan(sample_rate: int, num_mel_bins: int, window: str) -> Plan:
     length, shift, padded = frame_samples(sample_rate)
     half = padded // 2
     place = np.argsort(_output_order(half))
-    banks = mel_banks(num_mel_bins, padded, sample_rate).numpy()
-    # An empty triangle still reads one bin, with weight zero: so a NaN in the frame reaches every mel bin.
-    bins = [row.nonzero()[0] if row.any() else np.array([1]) for row in banks]
+    bins, start, weight = _rising_sides(mel_banks(num_mel_bins, padded, sample_rate).numpy())
     return Plan(
         shift=shift,
         window=0.5 * window_values(window, length).numpy(),
         root=_roots(half),
         half_root=_roots(padded)[:half],
         place=place,
-        mel_start=np.cumsum([0] + [len(used) for used in bins]),
-        mel_row=2 * place[np.concatenate(bins)],
-        mel_weight=np.concatenate([row[used] for row, used in zip(banks, bins, strict=True)]),
+        bin_start=start,
+        bin_row=2 * place[bins],
+        bin_weight=weight,
     )
+
+
+def _rising_sides(banks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Triangles (M, bins) as in ``Plan``: bins, where those of each begin, weights.
+
+    A bin is under two neighbours, or under one: then it counts as rising, whichever side it is on.
+    """
+    bins = np.flatnonzero(banks.any(axis=0))
+    last = banks.shape[0] - 1 - (banks[::-1, bins] > 0).argmax(axis=0)
+    before = np.where(last > 0, banks[last - 1, bins], 0)
+    weight = np.stack([before, banks[last, bins]], axis=1)
+    return bins, np.searchsorted(last, np.arange(banks.shape[0] + 1)), np.ascontiguousarray(weight, np.float32)
 
 
 def _roots(n: int) -> np.ndarray:
@@ -111,9 +122,9 @@ def fbank_block(waveform, scale, plan, work, tile, mel, out):
     """Log-mel of up to LANES frames, as many as ``out`` has rows; the first begins where ``waveform`` does."""
     read_tile(waveform, tile)
     window_frames(tile, plan.window, scale, work)
-    complex_fft(work, plan.root)
-    power_spectrum(work, plan.half_root, plan.place)
-    mel_filters(work, plan.mel_start, plan.mel_row, plan.mel_weight, mel)
+    first_passes(work, plan.root)
+    last_pass_power(work, plan.half_root, plan.place)
+    mel_filters(work, plan, mel)
     log_inplace(mel.reshape(-1))
     copy_transposed(mel.reshape(-1), mel.shape[1], mel.shape[0], out)
 
@@ -182,73 +193,139 @@ def frame_mean(tile, length, offset):
     return ((a + b) + (c + d)) * splat(np.float32(1.0 / length))
 
 
+@inlined
+def butterfly(ar, ai, br, bi, cr, ci, dr, di):
+    """The DFT of four complex numbers, real and imaginary parts in turn."""
+    pr, pi, qr, qi = ar + cr, ai + ci, ar - cr, ai - ci
+    sr, si, tr, ti = br + dr, bi + di, br - dr, bi - di
+    return pr + sr, pi + si, qr + ti, qi - tr, pr - sr, pi - si, qr - ti, qi + tr
+
+
+@inlined
+def store_turned(x, root, row, quarter, w, values):
+    """Four complex values into rows ``row``, ``row + quarter``, ...; value r is turned by root ``r * w``."""
+    ar, ai, br, bi, cr, ci, dr, di = values
+    r1, i1 = splat(root[w, 0]), splat(root[w, 1])
+    r2, i2 = splat(root[2 * w, 0]), splat(root[2 * w, 1])
+    r3, i3 = splat(root[3 * w, 0]), splat(root[3 * w, 1])
+    a, b, c, d = 2 * row, 2 * (row + quarter), 2 * (row + 2 * quarter), 2 * (row + 3 * quarter)
+    store(x, a, 0, ar)
+    store(x, a + 1, 0, ai)
+    store(x, b, 0, br * r1 - bi * i1)
+    store(x, b + 1, 0, br * i1 + bi * r1)
+    store(x, c, 0, cr * r2 - ci * i2)
+    store(x, c + 1, 0, cr * i2 + ci * r2)
+    store(x, d, 0, dr * r3 - di * i3)
+    store(x, d + 1, 0, dr * i3 + di * r3)
+
+
+@inlined
+def load_row(x, row):
+    """Real and imaginary part of a complex row."""
+    return load(x, 2 * row, 0), load(x, 2 * row + 1, 0)
+
+
+@inlined
+def load_butterfly(x, row, quarter):
+    """The DFT of rows ``row``, ``row + quarter``, ..."""
+    ar, ai = load_row(x, row)
+    br, bi = load_row(x, row + quarter)
+    cr, ci = load_row(x, row + 2 * quarter)
+    dr, di = load_row(x, row + 3 * quarter)
+    return butterfly(ar, ai, br, bi, cr, ci, dr, di)
+
+
 @njit
-def complex_fft(x, root):
-    """In-place FFT of H complex rows; x[2k] and x[2k + 1] are real and imaginary part of row k."""
+def first_passes(x, root):
+    """The radix-4 passes but the last: blocks of H rows, then of H / 4, ..., more than 4."""
     size = root.shape[0]
     block = size
-    while block >= 4:
+    while block > 4:
         quarter = block // 4
         for j in range(quarter):
-            w = j * (size // block)
-            r1, i1 = splat(root[w, 0]), splat(root[w, 1])
-            r2, i2 = splat(root[2 * w, 0]), splat(root[2 * w, 1])
-            r3, i3 = splat(root[3 * w, 0]), splat(root[3 * w, 1])
-            for a in range(2 * j, 2 * size, 2 * block):
-                b, c, d = a + 2 * quarter, a + 4 * quarter, a + 6 * quarter
-                ar, ai, br, bi = load(x, a, 0), load(x, a + 1, 0), load(x, b, 0), load(x, b + 1, 0)
-                cr, ci, dr, di = load(x, c, 0), load(x, c + 1, 0), load(x, d, 0), load(x, d + 1, 0)
-                pr, pi, qr, qi = ar + cr, ai + ci, ar - cr, ai - ci
-                sr, si, tr, ti = br + dr, bi + di, br - dr, bi - di
-                store(x, a, 0, pr + sr)
-                store(x, a + 1, 0, pi + si)
-                yr, yi = qr + ti, qi - tr
-                store(x, b, 0, yr * r1 - yi * i1)
-                store(x, b + 1, 0, yr * i1 + yi * r1)
-                yr, yi = pr - sr, pi - si
-                store(x, c, 0, yr * r2 - yi * i2)
-                store(x, c + 1, 0, yr * i2 + yi * r2)
-                yr, yi = qr - ti, qi + tr
-                store(x, d, 0, yr * r3 - yi * i3)
-                store(x, d + 1, 0, yr * i3 + yi * r3)
+            for row in range(j, size, block):
+                store_turned(x, root, row, quarter, j * (size // block), load_butterfly(x, row, quarter))
         block = quarter
-    if block == 2:
-        for a in range(0, 2 * size, 4):
-            ar, ai, br, bi = load(x, a, 0), load(x, a + 1, 0), load(x, a + 2, 0), load(x, a + 3, 0)
-            store(x, a, 0, ar + br)
-            store(x, a + 1, 0, ai + bi)
-            store(x, a + 2, 0, ar - br)
-            store(x, a + 3, 0, ai - bi)
 
 
 @njit
-def power_spectrum(x, half_root, place):
-    """Power of bins 1 ... H - 1 of the real FFT, each left in the real row of its frequency's place.
+def last_pass_power(x, half_root, place):
+    """The FFT's last pass, then the power of bins 1 ... H - 1, each left in the real row of its frequency's place.
+
+    Bins k and H - k are needed at once. Where the last pass is radix 4, four rows that hold bins k, k + H/4, ... and
+    four that hold those of H/4 - k are all that the eight bins need: they are never stored.
+    """
+    half = place.size
+    quarter = half // 4
+    if place[quarter] != 1:  # the last pass is radix 2
+        for row in range(0, half, 2):
+            ar, ai = load_row(x, row)
+            br, bi = load_row(x, row + 1)
+            store(x, 2 * row, 0, ar + br)
+            store(x, 2 * row + 1, 0, ai + bi)
+            store(x, 2 * row + 2, 0, ar - br)
+            store(x, 2 * row + 3, 0, ai - bi)
+        for k in range(1, half // 2 + 1):
+            stored_power(x, half_root, place, k)
+        return
+    for row in (0, place[quarter // 2]):  # bins that are each other's partners, or their own
+        for i, value in enumerate(load_butterfly(x, row, 1)):
+            store(x, 2 * row + i, 0, value)
+    for k in (quarter, 2 * quarter, quarter // 2, quarter // 2 + quarter):
+        stored_power(x, half_root, place, k)
+    for k in range(1, quarter // 2):
+        row, partner = place[k], place[quarter - k]
+        a0r, a0i, a1r, a1i, a2r, a2i, a3r, a3i = load_butterfly(x, row, 1)
+        b0r, b0i, b1r, b1i, b2r, b2i, b3r, b3i = load_butterfly(x, partner, 1)
+        store_power(x, half_root, k, row, partner + 3, a0r, a0i, b3r, b3i)
+        store_power(x, half_root, k + quarter, row + 1, partner + 2, a1r, a1i, b2r, b2i)
+        store_power(x, half_root, k + 2 * quarter, row + 2, partner + 1, a2r, a2i, b1r, b1i)
+        store_power(x, half_root, k + 3 * quarter, row + 3, partner, a3r, a3i, b0r, b0i)
+
+
+@inlined
+def stored_power(x, half_root, place, k):
+    """As ``store_power`` of the rows of bins k and H - k themselves."""
+    ar, ai = load_row(x, place[k])
+    br, bi = load_row(x, place[place.size - k])
+    store_power(x, half_root, k, place[k], place[place.size - k], ar, ai, br, bi)
+
+
+@inlined
+def store_power(x, half_root, k, row, partner, ar, ai, br, bi):
+    """Power of bins k and H - k of the real FFT, into the real rows of two places, from the complex FFT's Z.
 
     With Z the spectrum of even + i odd samples: E = Z[k] + conj Z[H-k] and O = -i (Z[k] - conj Z[H-k]) are twice the
     spectra of the even and odd samples (the window carries the half), X[k] = E + w O and X[H-k] = conj(E - w O) with
     w = exp(-2 pi i k / N). Bins 0 and H lie outside Kaldi's triangles and are left as they are.
     """
-    half = place.size
-    for k in range(1, half // 2 + 1):
-        a, b = 2 * place[k], 2 * place[half - k]
-        ar, ai, br, bi = load(x, a, 0), load(x, a + 1, 0), load(x, b, 0), load(x, b + 1, 0)
-        er, ei, our, oui = ar + br, ai - bi, ai + bi, br - ar
-        wr, wi = splat(half_root[k, 0]), splat(half_root[k, 1])
-        tr, ti = our * wr - oui * wi, our * wi + oui * wr
-        ur, ui, vr, vi = er + tr, ei + ti, er - tr, ei - ti
-        store(x, a, 0, ur * ur + ui * ui)
-        store(x, b, 0, vr * vr + vi * vi)
+    er, ei, our, oui = ar + br, ai - bi, ai + bi, br - ar
+    wr, wi = splat(half_root[k, 0]), splat(half_root[k, 1])
+    tr, ti = our * wr - oui * wi, our * wi + oui * wr
+    ur, ui, vr, vi = er + tr, ei + ti, er - tr, ei - ti
+    store(x, 2 * row, 0, ur * ur + ui * ui)
+    store(x, 2 * partner, 0, vr * vr + vi * vi)
 
 
 @njit
-def mel_filters(power, start, row, weight, mel):
-    """mel[m] = sum over the bins of triangle m of weight times power."""
+def mel_filters(power, plan, mel):
+    """mel[m] = sum over the bins of triangle m of weight times power.
+
+    Bin by bin: between the peaks of two neighbouring triangles a bin lies on the one's falling and the other's rising
+    side. A sum begins as zero times a power, so that a NaN in the frame reaches a triangle without bins.
+    """
+    nothing = splat(0.0) * load(power, plan.bin_row[0], 0)
+    falling = nothing
     for m in range(mel.shape[0]):
-        total = splat(0.0)
-        for i in range(start[m], start[m + 1]):
-            total = total + splat(weight[i]) * load(power, row[i], 0)
-        store(mel, m, 0, total)
+        rising = nothing
+        for i in range(plan.bin_start[m], plan.bin_start[m + 1]):
+            here = load(power, plan.bin_row[i], 0)
+            falling = falling + splat(plan.bin_weight[i, 0]) * here
+            rising = rising + splat(plan.bin_weight[i, 1]) * here
+        if m > 0:
+            store(mel, m - 1, 0, falling)
+        falling = rising
+    store(mel, mel.shape[0] - 1, 0, falling)
 
 
 @njit_fused

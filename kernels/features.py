@@ -1,5 +1,7 @@
 """Waveform to what the model and the masks need, in one call: the normalised fbank and each patch's mean gradient."""
 
+import math
+
 import numpy as np
 import torch
 
@@ -136,36 +138,37 @@ def _outputs(out: tuple | None, waveform: torch.Tensor, *shapes: tuple[int, ...]
 def features_batch(waveform, scale, frames, plan, norm, patch, fbank, hog):
     """Log-mel, its patch means, padding and normalisation of each clip, band of patches by band of patches.
 
-    The log-mel lies in memory that serves every clip and stays in cache; the result goes past it. A band's gradients
-    need the row after it, so a band waits for the next.
+    The latest rows of the log-mel lie in memory that serves every clip and stays in cache; the result goes past it. A
+    band's gradients need the rows beside it, so a band waits for the next.
     """
     work, tile, mel = block_memory(plan, fbank.shape[2])
-    raw, column_sum = np.empty((frames, fbank.shape[2]), np.float32), np.empty(fbank.shape[2], np.float32)
+    kept = 4 * LANES * patch // math.gcd(LANES, patch)  # rows: whole blocks, whole bands, and more than one of each
+    raw, column_sum = np.empty((kept, fbank.shape[2]), np.float32), np.empty((1, fbank.shape[2]), np.float32)
     for b in range(fbank.shape[0]):
         band = 0
         for start in range(0, frames, LANES):
-            end = min(start + LANES, frames)
-            fbank_block(waveform[b, start * plan.shift :], scale, plan, work, tile, mel, raw[start:end])
+            end, at = min(start + LANES, frames), start % kept
+            fbank_block(waveform[b, start * plan.shift :], scale, plan, work, tile, mel, raw[at : at + end - start])
             while (band + 1) * patch < end:
                 band_mean(raw, frames, patch, band, column_sum, hog[b])
-                normalise(raw[band * patch : (band + 1) * patch], norm, fbank[b, band * patch : (band + 1) * patch])
+                normalise(raw, band * patch % kept, norm, fbank[b, band * patch : (band + 1) * patch])
                 band += 1
         for rest in range(band, fbank.shape[1] // patch):
             band_mean(raw, frames, patch, rest, column_sum, hog[b])
-        normalise(raw[band * patch :], norm, fbank[b, band * patch : frames])
+        normalise(raw, band * patch % kept, norm, fbank[b, band * patch : frames])
         fbank[b, frames:] = (np.float32(0.0) - norm[0]) * norm[1]
     fence()
 
 
 @njit
-def normalise(fbank, norm, out):
-    """out = (fbank - mean) * factor, where norm = (mean, factor)."""
+def normalise(fbank, first, norm, out):
+    """out = (rows of fbank from the first on - mean) * factor, where norm = (mean, factor)."""
     mean, factor = norm
     if out.shape[1] % LANES == 0 and out.ctypes.data % VECTOR_BYTES == 0:
         for t in range(out.shape[0]):
             for f in range(0, out.shape[1], LANES):
-                store_past_cache(out, t, f, (load(fbank, t, f) - splat(mean)) * splat(factor))
+                store_past_cache(out, t, f, (load(fbank, first + t, f) - splat(mean)) * splat(factor))
         return
     for t in range(out.shape[0]):
         for f in range(out.shape[1]):
-            out[t, f] = (fbank[t, f] - mean) * factor
+            out[t, f] = (fbank[first + t, f] - mean) * factor

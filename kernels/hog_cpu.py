@@ -10,6 +10,7 @@ import math
 import numpy as np
 
 from fastsskd_kernels.compile import inlined, njit
+from fastsskd_kernels.simd import LANES, load, load_but_first, load_but_last, square_root, store
 
 
 @njit
@@ -25,36 +26,62 @@ def patch_mean_batch(fbank, frames, patch, out):
 @inlined
 def patch_mean_clip(fbank, frames, patch, out):
     """As ``patch_mean_batch``, one clip: (T, F) -> (N,)."""
-    column_sum = np.empty(fbank.shape[1], np.float32)
+    column_sum = np.empty((1, fbank.shape[1]), np.float32)
     for band in range(out.size * patch // fbank.shape[1]):
         band_mean(fbank, frames, patch, band, column_sum, out)
 
 
 @njit
 def band_mean(fbank, frames, patch, band, column_sum, out):
-    """The patches of one band of ``patch`` rows; reads the row before and the row after it as well."""
+    """The patches of one band of ``patch`` rows; reads the row before and the row after it as well.
+
+    Row t is ``fbank[t % len(fbank)]``: the latest rows are enough. ``column_sum``, (1, F), is memory to work in.
+    """
     across = fbank.shape[1] // patch
+    padded = patch * (out.size // across)
     column_sum[:] = np.float32(0.0)
     for row in range(band * patch, (band + 1) * patch):
-        above, here, below = neighbours(row, frames, patch * (out.size // across))
-        add_magnitudes(fbank[above], fbank[here], fbank[below], column_sum)
+        above, here, below = neighbours(row, frames, padded, fbank.shape[0])
+        if fbank.shape[1] % LANES == 0 and fbank.shape[1] > LANES:
+            for f in range(0, fbank.shape[1], LANES):
+                store(column_sum, 0, f, load(column_sum, 0, f) + magnitudes(fbank, above, here, below, f))
+        else:
+            add_magnitudes(fbank[above], fbank[here], fbank[below], column_sum[0])
     for cell in range(across):
         total = np.float32(0.0)
         for f in range(cell * patch, (cell + 1) * patch):
-            total += column_sum[f]
+            total += column_sum[0, f]
         mean = total / np.float32(patch * patch)
         out[band * across + cell] = mean if abs(mean) < np.float32(np.inf) else np.float32(np.nan)
 
 
 @inlined
-def neighbours(row, frames, padded):
-    """Rows before, at and after ``row`` in an image of ``padded`` rows that repeats row ``frames - 1``.
+def neighbours(row, frames, padded, kept):
+    """Rows before, at and after ``row`` in an image of ``padded`` rows that repeats row ``frames - 1``; all modulo
+    ``kept``.
 
     The first and the last row of the image are their own neighbours: no gradient along time at the border.
     """
     last, border = frames - 1, row == 0 or row == padded - 1
     here = min(row, last)
-    return (here, here, here) if border else (min(row - 1, last), here, min(row + 1, last))
+    above, below = (here, here) if border else (min(row - 1, last), min(row + 1, last))
+    return above % kept, here % kept, below % kept
+
+
+@inlined
+def magnitudes(fbank, above, here, below, f):
+    """Gradient magnitude of LANES pixels of a longer row, from column f on; none along frequency at the border."""
+    along_time = load(fbank, below, f) - load(fbank, above, f)
+    if f == 0:
+        after = load(fbank, here, f + 1)
+        before = load_but_first(fbank, here, f - 1, after)
+    elif f + LANES == fbank.shape[1]:
+        before = load(fbank, here, f - 1)
+        after = load_but_last(fbank, here, f + 1, before)
+    else:
+        before, after = load(fbank, here, f - 1), load(fbank, here, f + 1)
+    along_freq = after - before
+    return square_root(along_time * along_time + along_freq * along_freq)
 
 
 @njit
@@ -82,7 +109,7 @@ def hog_batch(fbank, edges, cell, out):
     for b in range(out.shape[0]):
         out[b] = 0.0
         for row in range(rows):
-            above, here, below = neighbours(row, frames, rows)
+            above, here, below = neighbours(row, frames, rows, frames)
             pixel_gradients(fbank[b, above], fbank[b, here], fbank[b, below], magnitude, direction)
             pixel_bins(direction, edges, passed)
             first = row // cell * across

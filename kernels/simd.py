@@ -68,6 +68,13 @@ def _store(builder, value, pointer):
     builder.store(value, builder.bitcast(pointer, _VECTOR.as_pointer()), align=4)
 
 
+def _call_llvm(builder, name, arguments, suffix=""):
+    """One of LLVM's own functions that give a vector."""
+    kind = ir.FunctionType(_VECTOR, [argument.type for argument in arguments])
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v{LANES}f32{suffix}")
+    return builder.call(function, arguments)
+
+
 @intrinsic
 def load(typingctx, array, row, column):
     """load(array, row, column) -> Lanes: array[row, column : column + LANES] of a C-contiguous float32 (R, C)."""
@@ -77,6 +84,37 @@ def load(typingctx, array, row, column):
         return _load(builder, _address_2d(context, builder, signature.args[0], arguments[0], row, column))
 
     return lanes(array, row, column), generate
+
+
+def _define_load_but(lane: int):
+    """An intrinsic as ``load`` that leaves one lane alone: its number need not even be in the array."""
+
+    @intrinsic
+    def load_but(typingctx, array, row, column, other):
+        def generate(context, builder, signature, arguments):
+            row, column = _index(context, builder, signature, arguments, (1, 2))
+            there = _address_2d(context, builder, signature.args[0], arguments[0], row, column)
+            there = builder.bitcast(there, _VECTOR.as_pointer())
+            wanted = ir.Constant(ir.VectorType(cgutils.bool_t, LANES), [i != lane for i in range(LANES)])
+            return _call_llvm(builder, "masked.load", [there, cgutils.int32_t(4), wanted, arguments[3]], ".p0")
+
+        return lanes(array, row, column, other), generate
+
+    return load_but
+
+
+load_but_first, load_but_last = _define_load_but(0), _define_load_but(LANES - 1)
+"""load_but_first(array, row, column, other) -> Lanes: as ``load``, but the first lane is ``other``'s; or the last."""
+
+
+@intrinsic
+def square_root(typingctx, vector):
+    """square_root(vector) -> Lanes."""
+
+    def generate(context, builder, signature, arguments):
+        return _call_llvm(builder, "sqrt", arguments)
+
+    return lanes(vector), generate
 
 
 @intrinsic

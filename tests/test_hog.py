@@ -191,6 +191,17 @@ def test_features_take_every_option(backend):
     torch.testing.assert_close(out[1], hog, atol=2e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("patch", "bins"), [(1, 16), (2, 32), (5, 40), (8, 48), (16, 16), (64, 64)])
+def test_fused_at_any_patch(patch, bins):
+    """The compiled features keep only the latest rows: all the same bands as with the whole spectrogram."""
+    clips = torch.randn(2, 48000, generator=torch.Generator().manual_seed(0)) * 0.1
+    options = {"num_mel_bins": bins, "patch": patch, "num_frames": 320}
+    expected = kernels.features(clips, **options, backend="torch")
+    result = kernels.features(clips, **options, backend="numba")
+    torch.testing.assert_close(result[0], expected[0], atol=2e-4, rtol=0)
+    torch.testing.assert_close(result[1], expected[1], atol=2e-3, rtol=1e-5)
+
+
 def test_features_of_a_clip_do_not_depend_on_its_batch():
     clips = torch.randn(3, 16000, generator=torch.Generator().manual_seed(0))
     together = kernels.features(clips)
