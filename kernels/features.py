@@ -145,17 +145,16 @@ def features_batch(waveform, scale, frames, plan, norm, patch, fbank, hog):
     kept = 4 * LANES * patch // math.gcd(LANES, patch)  # rows: whole blocks, whole bands, and more than one of each
     raw, column_sum = np.empty((kept, fbank.shape[2]), np.float32), np.empty((1, fbank.shape[2]), np.float32)
     for b in range(fbank.shape[0]):
-        band = 0
         for start in range(0, frames, LANES):
             end, at = min(start + LANES, frames), start % kept
             fbank_block(waveform[b, start * plan.shift :], scale, plan, work, tile, mel, raw[at : at + end - start])
-            while (band + 1) * patch < end:
+            for band in range(max(start - 1, 0) // patch, (end - 1) // patch):  # those whose next row is there now
                 band_mean(raw, frames, patch, band, column_sum, hog[b])
                 normalise(raw, band * patch % kept, norm, fbank[b, band * patch : (band + 1) * patch])
-                band += 1
-        for rest in range(band, fbank.shape[1] // patch):
-            band_mean(raw, frames, patch, rest, column_sum, hog[b])
-        normalise(raw, band * patch % kept, norm, fbank[b, band * patch : frames])
+        last = (frames - 1) // patch
+        for band in range(last, fbank.shape[1] // patch):
+            band_mean(raw, frames, patch, band, column_sum, hog[b])
+        normalise(raw, last * patch % kept, norm, fbank[b, last * patch : frames])
         fbank[b, frames:] = (np.float32(0.0) - norm[0]) * norm[1]
     fence()
 

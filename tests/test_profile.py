@@ -159,6 +159,12 @@ def test_a_profile_holds_everything_and_leaves_nothing(training, profiled, short
     assert {"data", "forward", "backward", "optimizer"} <= events
 
 
+def test_the_variations_of_multi_ssl_are_a_stage(profiled, short, tones):
+    found = profiled(short(tones, augment__ssl="true", augment__mixup=0.5))
+    names = [stage["name"] for stage in found["stages"]]
+    assert names[names.index("HOG") + 1 :][:3] == ["augmentation", "masks", "views"]
+
+
 def test_bad_clips_are_counted_and_do_not_end_it(profiled, short, tones, tmp_path):
     table = manifest.load(tones)
     (tmp_path / "cut").mkdir()

@@ -87,12 +87,13 @@ def _less(whole: tuple[float, float], part: tuple[float, float]) -> tuple[float,
 
 def _preparations(job: Job, batch: Batch) -> dict[str, Callable[[], Any]]:
     """What happens inside a module before the model."""
-    if job.stage.kind == "ssl":
-        return {
-            "masks": lambda: draw_masks(batch, job.config.mask),
-            "views": lambda: make_views(batch, job.config.mask),
-        }
     module, made = job.module, {}
+    if job.stage.kind == "ssl":
+        if job.config.augment.ssl:
+            made["augmentation"] = lambda: module.vary(batch)
+        made["masks"] = lambda: draw_masks(batch, job.config.mask)
+        made["views"] = lambda: make_views(batch, job.config.mask)
+        return made
     if job.needs_waveform:
         made["teacher"] = lambda: module.teach(batch.waveform)
     made["augmentation"] = lambda: augment(batch.fbank, batch.seed, job.config.augment, module.num_frames)
