@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,7 @@ class Figure:
         low, high: the range of its samples; equal to ``value`` where only one was taken.
         unit: such as ``"clips/s"``.
         more_is_better: whether a larger one is the better.
+        ours: False for what a change of this project cannot move: if it moves, the machine did it.
     """
 
     value: float
@@ -22,6 +23,18 @@ class Figure:
     high: float
     unit: str
     more_is_better: bool
+    ours: bool = True
+
+    def on_a_machine(self, faster: float) -> Figure:
+        """What it would be on a machine that is so many times as fast."""
+        factor = faster if self.more_is_better else 1.0 / faster
+        return replace(self, value=self.value * factor, low=self.low * factor, high=self.high * factor)
+
+
+OTHER_KERNELS = ("MKL", "torchaudio", "DALI", "NumPy", "skimage")
+"""How the rows of ``kernels.py`` begin that run other libraries' code."""
+ENOUGH = 3
+"""Figures of others that tell what the machine did."""
 
 
 def figures_of(name: str, result: dict) -> dict[str, Figure]:
@@ -39,7 +52,8 @@ def _kernels(result: dict) -> dict[str, Figure]:
         for row, cell in result.get(table, {}).items():
             median, best = cell["median_ms"], cell["best_ms"]
             # Only the best sample is kept: the other side is taken to lie as far from the median.
-            found[f"{table}: {row}"] = Figure(median, best, 2 * median - best, "ms", False)
+            ours = not row.startswith(OTHER_KERNELS)
+            found[f"{table}: {row}"] = Figure(median, best, 2 * median - best, "ms", False, ours)
     return found
 
 
@@ -47,9 +61,11 @@ def _throughput(result: dict) -> dict[str, Figure]:
     found = {}
     for row in result.get("rows", ()):
         name = f"{row['title']} on {row['source']}, {row['workers']} workers"
-        low, high = row["range"]
-        found[name] = Figure(row["clips_per_s"], low, high, "clips/s", True)
-        found[f"{name}: CPU"] = Figure(row["cpu_s_per_1000"], *2 * [row["cpu_s_per_1000"]], "ms/clip", False)
+        (low, high), ours = row["range"], row["kind"] == "ours" or row["title"].endswith(", ours")
+        rate, cpu = row["clips_per_s"], row["cpu_s_per_1000"]
+        found[name] = Figure(rate, low, high, "clips/s", True, ours)
+        # Only the median is kept of the CPU time: it is taken to vary as the rate did.
+        found[f"{name}: CPU"] = Figure(cpu, cpu * rate / high, cpu * rate / low, "ms/clip", False, ours)
     return found
 
 
@@ -90,21 +106,31 @@ READERS = {
 }
 
 
+def machine_speed(old: dict[str, Figure], new: dict[str, Figure]) -> float:
+    """How much faster the machine was for the new figures: what the others' gained in the median; 1.0 = cannot tell."""
+    both = [name for name in old if name in new and not new[name].ours and old[name].value and new[name].value]
+    gains = [new[name].value / old[name].value for name in both]
+    gains = [gain if new[name].more_is_better else 1.0 / gain for name, gain in zip(both, gains, strict=True)]
+    return statistics.median(gains) if len(gains) >= ENOUGH else 1.0
+
+
 def compare(old: dict[str, Figure], new: dict[str, Figure], noise: float = 0.05) -> list[dict]:
-    """Every figure that both have, and whether it has changed by more than its samples and ``noise`` can explain.
+    """Every figure of one benchmark that both runs have, and whether it has changed by more than the machine's speed,
+    its samples and ``noise`` can explain.
 
     Returns:
-        Rows ``name``, ``unit``, ``old``, ``new``, ``change`` (0.1 = a tenth more), ``verdict``: ``"better"``,
-        ``"worse"`` where the ranges of the samples lie apart and the medians by more than ``noise``; else ``"same"``.
+        Rows ``name``, ``unit``, ``old``, ``new``; ``machine``, its speed, see :func:`machine_speed`; ``change`` beside
+        that (0.1 = a tenth more); ``verdict``: ``"better"``, ``"worse"`` where the ranges of the samples lie apart and
+        the medians by more than ``noise``; else ``"same"``.
     """
-    rows = []
+    rows, faster = [], machine_speed(old, new)
     for name in [name for name in old if name in new]:
-        a, b = old[name], new[name]
+        a, b = old[name].on_a_machine(faster), new[name]
         change = b.value / a.value - 1.0 if a.value else 0.0
         apart = b.low > a.high or b.high < a.low
         verdict = "same"
         if apart and abs(change) > noise:
             verdict = "better" if (change > 0) == b.more_is_better else "worse"
-        row = {"name": name, "unit": b.unit, "old": a.value, "new": b.value, "change": change, "verdict": verdict}
-        rows.append(row)
+        row = {"name": name, "unit": b.unit, "old": old[name].value, "new": b.value, "change": change}
+        rows.append(row | {"verdict": verdict, "machine": faster})
     return rows

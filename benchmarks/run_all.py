@@ -8,8 +8,9 @@
 Runs the scripts in the order in which their answers are asked for, each if the time it usually takes still fits, and
 writes ``OUT/all.md``: what was run, requirements met and missed, and with ``--against`` a table of every figure that
 both have. A figure counts as changed where the ranges of its samples lie apart and its medians by more than
-``--noise``; on a busy machine run twice before believing it. Exit code 1 if a script failed, or with ``--fail`` if a
-figure is worse.
+``--noise``, beside the change of what a change of this project cannot move: other libraries in the same benchmark tell
+how fast the machine was. On a busy machine run twice before believing it. Exit code 1 if a script failed, or with
+``--fail`` if a figure is worse.
 """
 
 import argparse
@@ -102,7 +103,12 @@ def page(ran: list[dict], left: list[Script], results: dict[str, dict], rows: li
 
 def change_lines(rows: list[dict]) -> list[str]:
     moved = [row for row in rows if row["verdict"] != "same"]
-    lines = [f"{len(rows)} figures compared, {len(moved)} changed by more than their samples explain.", ""]
+    lines = [f"{len(rows)} figures compared, {len(moved)} changed by more than their samples explain."]
+    speeds = {row["name"].split(":")[0]: row["machine"] for row in rows if row["machine"] != 1.0}
+    for name, speed in speeds.items():
+        of_machine = f"by the figures of others the machine was {speed:.2f} times as fast"
+        lines += ["", f"{name}: {of_machine}; changes are beside that."]
+    lines += [""]
     if moved:
         lines += ["| | before | now | change | |", "|---|---|---|---|---|"]
     for row in sorted(moved, key=lambda row: row["verdict"], reverse=True):

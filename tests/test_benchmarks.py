@@ -269,6 +269,22 @@ def test_a_change_is_one_that_the_samples_cannot_explain(script):
     assert figures.compare(old, new)[2]["verdict"] == "better"
 
 
+def test_a_faster_machine_is_no_change(script):
+    """Three others and one of ours became twice as fast, another of ours did not."""
+    figures = script("figures_of")
+    before = dict.fromkeys(("peer", "other peer", "baseline", "ours", "ours too"), 100.0)
+    now = before | {"peer": 200.0, "other peer": 190.0, "baseline": 210.0, "ours": 200.0}
+
+    def made(values: dict, ours: bool) -> dict:
+        return {n: figures.Figure(v, v, v, "clips/s", True, ours or n.startswith("ours")) for n, v in values.items()}
+
+    rows = {row["name"]: row for row in figures.compare(made(before, False), made(now, False))}
+    assert [rows[name]["verdict"] for name in ("peer", "ours", "ours too")] == ["same", "same", "worse"]
+    assert rows["ours too"]["change"] == pytest.approx(-0.5) and rows["ours too"]["machine"] == 2.0
+    rows = {row["name"]: row for row in figures.compare(made(before, True), made(now, True))}
+    assert rows["ours"]["verdict"] == "better" and rows["ours"]["machine"] == 1.0  # nobody can tell
+
+
 def test_committed_results_are_read_and_compared(script, tmp_path, capsys):
     run_all = script("run_all")
     results = run_all.read(BENCHMARKS / "results")
