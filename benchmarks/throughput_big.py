@@ -31,14 +31,14 @@ def cold(bench, ours, folder: Path) -> dict:
         found["resident_before_cold"] = round(drop(shards), 3)
         rounds["cold"].append(rate(bench.sample(ours, source, **limits)))
         drop(shards)
-        read = {"cold": read_random(shards, extents, bench.options.window)}
+        megabytes, from_disk = read_random(shards, extents, bench.options.window)
+        rounds["random"].append(megabytes)
         drop(shards)
         rounds["sequential"].append(read_sequential(shards))
         found["resident_before_warm"] = round(resident(shards), 3)
         rounds["warm"].append(rate(bench.sample(ours, source, **limits)))
-        read["warm"] = read_random(shards, extents, bench.options.window)
-        rounds["random"].append(read["cold"][0])
-        extra.append(read["cold"][1] - read["warm"][1])
+        _, from_memory = read_random(shards, extents, bench.options.window)
+        extra.append(from_disk - from_memory)
     per_clip = statistics.mean(size for _, _, size in extents) / 1e6
     found["megabytes_per_clip"] = round(per_clip, 3)
     found["disk_cpu_ms_per_clip"] = 1e3 * statistics.median(extra)

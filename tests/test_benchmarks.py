@@ -116,20 +116,9 @@ def test_requirements_follow_from_the_rows(script, tmp_path):
         for (name, source, workers), (rate, cpu, kind) in rates.items()
     ]
     rate = {"clips_per_s": 1000.0, "range": [900.0, 1100.0], "megabytes_per_s": 320.0}
-    cold = {
-        "gigabytes": 8,
-        "clips": 10,
-        "resident_before_cold": 0.0,
-        "resident_before_warm": 1.0,
-        "disk_cpu_ms_per_clip": 1.0,
-    }
-    cold |= {
-        "disk_cpu_ms_per_clip": 1.0,
-        "cold": rate,
-        "warm": rate | {"clips_per_s": 2000.0},
-        "random": rate,
-        "sequential": rate,
-    }
+    cold = {"gigabytes": 8, "clips": 10, "resident_before_cold": 0.0, "resident_before_warm": 1.0}
+    cold |= {"cold": rate, "warm": rate | {"clips_per_s": 2000.0}, "random": rate, "sequential": rate}
+    cold["disk_cpu_ms_per_clip"] = 1.0
     about = {"date": "", "cpu": "", "cores": 2, "python": "", "versions": {}, "load_average": [0.0], "command": ""}
     data = {"origin": "", "clips": 1, "distinct": 1, "flac_bytes": 1, "ogg_clips": 1, "ogg_bytes": 1, "ogg_seconds": 5}
     results = {"machine": about | {"samples_on_an_idle_machine": ""}, "data": data, "rows": rows, "cold": cold}
