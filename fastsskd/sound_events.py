@@ -188,13 +188,17 @@ def _remove_leftovers(out_dir: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; prints the folder. 0 done, 1 the folder cannot be used, 2 wrong usage."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fastsskd.sound_events", description="Generate sound events.")
     parser.add_argument("--out", required=True, help="folder to make")
     parser.add_argument("--clips-per-class", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; prints the folder. 0 done, 1 the folder cannot be used, 2 wrong usage."""
+    options = parse(arguments)
     began = time.monotonic()
 
     def show(done: int, total: int) -> None:

@@ -31,7 +31,9 @@ def test_the_commands_are_understood(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     for words in commands(path):
         script = next((word for word in words if word.endswith(".py")), None)
-        if script is None:
+        if words[:2] == ["python", "-m"]:
+            args = importlib.import_module(words[2]).parse(words[3:])
+        elif script is None:
             args = cli._parser().parse_args(words[1:])
             assert words[0] == "fastsskd"
         else:
