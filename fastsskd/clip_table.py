@@ -146,6 +146,16 @@ class Manifest:
         row = self._row(i)
         return float(self._starts[row]), float(self._ends[row])
 
+    def extents(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`extent` of some clips: (k,) int64 each."""
+        rows = self._table_rows(indices)
+        return self._offsets[rows], self._sizes[rows]
+
+    def segments(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`segment` of some clips: (k,) float32 each."""
+        rows = self._table_rows(indices)
+        return self._starts[rows], self._ends[rows]
+
     @cached_property
     def folds(self) -> np.ndarray:
         """(n,) int16 cross-validation fold, 0 = none."""

@@ -26,6 +26,7 @@ from fastsskd.batch import Batch
 from fastsskd.clip_bytes import ShardFiles
 from fastsskd.clip_reader import ClipReader, Crop, Window, announce
 from fastsskd.manifest import Manifest
+from fastsskd.packed_clips import PackedClips
 from fastsskd.patches import NUM_MEL_BINS, PATCH
 from fastsskd.recycle import Recycler
 from fastsskd.sampler import Sampler
@@ -184,9 +185,10 @@ class Stream:
             return
         begin = time.perf_counter()
         try:
-            index, crops = [int(work.index[place]) for place in places], [work.crops[place] for place in places]
+            left = self._fill(work, places)
+            index, crops = [int(work.index[place]) for place in left], [work.crops[place] for place in left]
             for at, clip in self._reader().read(index, crops):
-                place = places[at]
+                place = left[at]
                 work.results[place] = clip if isinstance(clip, BadClip) else self._place(work, place, clip)
             with work.lock:
                 work.parts_left -= 1
@@ -201,11 +203,24 @@ class Stream:
             with self._count:
                 self._busy += time.perf_counter() - begin
 
+    def _fill(self, work: _Work, places: range) -> list[int]:
+        """Fill the rows of clips that need no decoder and no device; returns the places of the others."""
+        self._reader()
+        if self._on_gpu or self._s.waveform:
+            return list(places)
+        rows = slice(places.start, places.stop)
+        positions = np.array([crop.position for crop in work.crops[rows]])
+        filled = self._own.packed.fill(work.index[rows], positions, work.fbank[rows], work.hog[rows])
+        return [place for place, done in zip(places, filled.tolist(), strict=True) if not done]
+
     def _reader(self) -> ClipReader:
         """This worker's own."""
         if not hasattr(self._own, "reader"):
-            self._own.reader = ClipReader(self._s.manifest, self._shards, PART)
-            self._own.waveform = torch.empty(1, self._s.num_samples)
+            s = self._s
+            features = {"num_samples": s.num_samples, "num_frames": s.num_frames, "mean": s.mean, "std": s.std}
+            self._own.reader = ClipReader(s.manifest, self._shards, PART)
+            self._own.packed = PackedClips(s.manifest, self._shards, **features)
+            self._own.waveform = torch.empty(1, s.num_samples)
         return self._own.reader
 
     def _place(self, work: _Work, place: int, clip: Window) -> kernels.CropInputs | None:

@@ -1,7 +1,8 @@
 """Array in, array out: features, patch statistics, masks and random numbers of fastsskd.
 
 Every operation has a torch reference, which runs on any device and is the truth; where speed on a CPU counts there is a
-numba version beside it that gives the same numbers. Nothing here reads a file, keeps state or hides a random draw.
+numba version beside it that gives the same numbers. Nothing here keeps state or hides a random draw, and nothing but
+``wav_features`` reads a file.
 """
 
 from fastsskd_kernels.backend import resolve_backend
@@ -16,6 +17,7 @@ from fastsskd_kernels.masks import inter_patch_mask, intra_patch_mask, patch_wei
 from fastsskd_kernels.random import derive_seed, derive_seeds, uniform
 from fastsskd_kernels.resample import crop_inputs_range, resample_crop_or_loop, resample_table, resampled_length
 from fastsskd_kernels.resample_torch import CropInputs, crop_inputs, has_device_form, resample_on_device
+from fastsskd_kernels.wav import wav_features, wav_memory
 
 __all__ = [
     "FLAC_PADDING",
@@ -46,4 +48,6 @@ __all__ = [
     "resampled_length",
     "resolve_backend",
     "uniform",
+    "wav_features",
+    "wav_memory",
 ]

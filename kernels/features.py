@@ -96,11 +96,12 @@ def features(
     frames = count_frames(waveform.shape[1], sample_rate)
     if num_frames is None:
         num_frames = padded_frames(waveform.shape[1], sample_rate, patch)
-    _check_geometry(frames, num_frames, num_mel_bins, patch)
+    check_geometry(frames, num_frames, num_mel_bins, patch)
     if not std > 0.0:
         raise ValueError(f"std={std}: expected more than 0")
     patches = (num_frames // patch) * (num_mel_bins // patch)
-    fbank, hog = _outputs(out, waveform, (num_frames, num_mel_bins), (patches,))
+    shapes = (num_frames, num_mel_bins), (patches,)
+    fbank, hog = outputs(out, waveform.shape[0], waveform.device, *shapes)
     factor = 0.5 / std
     if resolve_backend(backend, waveform) == "numba":
         plan, (samples, scale) = make_plan(sample_rate, num_mel_bins, window), numpy_waveform(waveform)
@@ -114,23 +115,24 @@ def features(
     return fbank, hog
 
 
-def _check_geometry(frames: int, num_frames: int, num_mel_bins: int, patch: int) -> None:
+def check_geometry(frames: int, num_frames: int, num_mel_bins: int, patch: int) -> None:
+    """Raise a ValueError unless the clip fits the wanted frames, and both sides are whole patches."""
     if patch < 1 or num_mel_bins % patch or num_frames % patch:
         raise ValueError(f"num_frames={num_frames}, num_mel_bins={num_mel_bins}: expected multiples of patch={patch}")
     if num_frames < frames:
         raise ValueError(f"num_frames={num_frames}: the clip has {frames} frames; crop the waveform first")
 
 
-def _outputs(out: tuple | None, waveform: torch.Tensor, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
-    """The caller's tensors, checked, or new ones: float32, one per shape of a clip, on the waveform's device."""
-    shapes = [(waveform.shape[0], *shape) for shape in shapes]
+def outputs(out: tuple | None, count: int, device: torch.device, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    """The caller's tensors, checked, or new ones: float32 on the device, for each shape of a clip one of ``count``."""
+    shapes = [(count, *shape) for shape in shapes]
     if out is None:
-        return [waveform.new_empty(shape, dtype=torch.float32) for shape in shapes]
+        return [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
     for tensor, shape in zip(out, shapes, strict=True):
-        fits = tensor.shape == shape and tensor.dtype == torch.float32 and tensor.device == waveform.device
+        fits = tensor.shape == shape and tensor.dtype == torch.float32 and tensor.device == device
         if not (fits and tensor.is_contiguous()):
             found = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-            raise ValueError(f"out: expected contiguous float32 {shape} on {waveform.device}, got {found}")
+            raise ValueError(f"out: expected contiguous float32 {shape} on {device}, got {found}")
     return list(out)
 
 
