@@ -41,7 +41,7 @@ def main() -> int:
         deadline = time.monotonic() + 20
         while len(list(out.parent.glob("*/calls"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
-    metrics = {"accuracy": 0.5, "mAP": None}
+    metrics = {"accuracy": 0.5, "mAP": 0.6}
     together = len(list(out.parent.glob("*/calls")))
     result = {"status": "complete", "metrics": metrics, "together": together, "seconds": 1.0}
     result |= {"iterations": [{"iteration": 1, "metrics": metrics}], "teacher": None, "ensemble": None}

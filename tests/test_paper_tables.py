@@ -164,8 +164,9 @@ def test_from_the_command_to_the_page(script, files, tmp_path, monkeypatch, caps
     assert tables.main(["--table", "1", *files, "--folds", "1", "--seeds", "0", "7", "--parallel", "2"]) == 0
     page = (tmp_path / "out/tables.md").read_text()
     assert page in capsys.readouterr().out + "\n" and "| +HOG Weight | 0.377 | 0.544 |" in page
-    found = json.loads((tmp_path / "out/tables.json").read_text())["tables"][0]
-    assert [row["trainings"] for row in found["rows"]] == [2, 2, 2]
+    found = json.loads((tmp_path / "out/tables.json").read_text())["tables"]
+    assert [table["metric"] for table in found] == ["accuracy", "mAP"]
+    assert all(row["trainings"] == 2 for table in found for row in table["rows"])
 
 
 def test_wrong_usage(script, files, capsys):
