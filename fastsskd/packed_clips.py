@@ -1,7 +1,7 @@
 """Plain clips in tar shards -> their rows of a batch, some clips in one call.
 
-Plain is what `fastsskd pack` makes of clips that are not shorter than a crop. Whatever else a shard holds, and whatever
-is wrong with a clip, is for :class:`~fastsskd.clip_reader.ClipReader`.
+Plain is mono 16-bit WAV at 16 kHz, what `fastsskd pack` makes. What else a shard holds, and what is wrong with a clip,
+is for :class:`~fastsskd.clip_reader.ClipReader`.
 """
 
 from __future__ import annotations

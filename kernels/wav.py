@@ -1,4 +1,4 @@
-"""Crops of uncompressed clips in open files -> features: several clips in one call that never comes back to Python.
+"""Crops or loops of uncompressed clips in open files -> features: several in one call, without Python in between.
 
 A 10 s clip is 0.4 ms of arithmetic. Opened, read and handed on by Python it costs a quarter more, as threads that pass
 the GIL to each other wait for the system. Measured: the loader gives 1.1 to 1.2 times as many clips/s.
@@ -23,6 +23,9 @@ from fastsskd_kernels.simd import VECTOR_BYTES
 HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")
 """The 44 bytes that nearly all 16-bit WAV files begin with; every number is read four bytes at a time below."""
 
+MAX_RUNS = 64
+"""A clip that is looped is read anew for each round; one that is so short that there are more is left."""
+
 
 def wav_features(
     files: np.ndarray,
@@ -40,7 +43,7 @@ def wav_features(
     num_mel_bins: int = 128,
     patch: int = 16,
 ) -> np.ndarray:
-    """As ``features`` of a crop of each clip, for the clips that are mono 16-bit WAV and long enough.
+    """As ``features`` of a crop or loop of each clip, for the clips that are mono 16-bit WAV.
 
     Args:
         files: (B,) int64, descriptors of open files.
@@ -52,8 +55,8 @@ def wav_features(
         memory: (``wav_memory(num_samples)``,) uint8 to work in; each thread needs its own.
 
     Returns:
-        (B,) bool: whether the clip's rows of ``out`` are written. Not those of a clip that is too short, has another
-        format or another header than most, or could not be read: why must be found out by other means.
+        (B,) bool: whether the clip's rows of ``out`` are written. Not those of a clip that has another format, or
+        another header than most, is very short, or could not be read: why must be found out by other means.
 
     Raises:
         ValueError: as ``features``.
@@ -121,6 +124,19 @@ def _is_usual(head, usual, size):
 
 
 @njit
+def _read_looped(file, offset, length, start, out):
+    """Fill ``out`` from the clip's sample ``start`` on, beginning anew at its end; whether that was possible."""
+    at, filled = start, 0
+    while filled < out.size:
+        count = min(out.size - filled, 2 * (length - at))
+        if _pread(file, out[filled:], count, offset + 2 * at) != count:
+            return False
+        filled += count
+        at = 0
+    return True
+
+
+@njit
 def _wav_features(where, num_samples, usual, frames, plan, norm, patch, memory, rows, done):
     (files, offsets, sizes, positions), (fbank, hog) = where, rows
     lead = usual.size
@@ -130,11 +146,10 @@ def _wav_features(where, num_samples, usual, frames, plan, norm, patch, memory, 
     waveform = samples.view(np.int16).reshape(1, num_samples)
     for i in range(files.size):
         length = (sizes[i] - lead) // 2
-        if length < num_samples or _pread(files[i], memory, lead, offsets[i]) != lead:
+        if length * MAX_RUNS < num_samples or length < 1 or _pread(files[i], memory, lead, offsets[i]) != lead:
             continue
-        start = crop_start(positions[i], length, num_samples)
-        if _is_usual(memory, usual, sizes[i]) and 2 * num_samples == _pread(
-            files[i], samples, 2 * num_samples, offsets[i] + lead + 2 * start
+        if _is_usual(memory, usual, sizes[i]) and _read_looped(
+            files[i], offsets[i] + lead, length, crop_start(positions[i], length, num_samples), samples
         ):
             features_batch(
                 waveform, np.float32(INT16_SCALE), frames, plan, norm, patch, fbank[i : i + 1], hog[i : i + 1]

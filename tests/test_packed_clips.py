@@ -35,10 +35,14 @@ PLAIN = {
     "long": GOOD,
     "exact": wav(noise(NUM_SAMPLES)),
     "one more": wav(noise(NUM_SAMPLES + 1)),
+    "one less": wav(noise(NUM_SAMPLES - 1)),
+    "short": wav(noise(7001)),
+    "64 rounds": wav(noise(NUM_SAMPLES // 64)),
     "any bytes a second": changed(GOOD, 28, 7),
 }
 OTHER = {
-    "short": wav(noise(NUM_SAMPLES - 1)),
+    "one sample": wav(noise(1)),
+    "no samples": GOOD[:44],
     "stereo": wav(noise(40000, 2)),
     "8 kHz": wav(noise(40000), 8000),
     "24 bits": wav(noise(40000), subtype="PCM_24"),
@@ -84,8 +88,8 @@ def test_rows_of_plain_clips_are_those_of_their_crops(shard, position):
             continue
         samples = np.frombuffer(PLAIN[name][44:], np.int16)
         start = kernels.crop_start(position, len(samples), NUM_SAMPLES)
-        crop = torch.from_numpy(samples[start : start + NUM_SAMPLES].copy())[None]
-        fbank, hog = kernels.features(crop, num_frames=NUM_FRAMES, **NORM)
+        crop = kernels.crop_or_loop(samples, NUM_SAMPLES, start)
+        fbank, hog = kernels.features(torch.from_numpy(crop)[None], num_frames=NUM_FRAMES, **NORM)
         assert torch.equal(out[0][row], fbank[0]) and torch.equal(out[1][row], hog[0])
 
 
@@ -113,7 +117,7 @@ def test_the_loader_gives_the_same_without_it(shard, monkeypatch):
     monkeypatch.setattr(PackedClips, "fill", lambda *args: filled.append(fill(*args)) or filled[-1])
     found, skipped = epoch(workers=2)
     assert sum(part.sum() for part in filled) >= len(PLAIN)  # those of the next epoch are on their way
-    assert skipped.keys() == {"not audio", "tiny", "cut short"}
+    assert skipped.keys() == {"not audio", "tiny", "no samples", "cut short"}
     monkeypatch.setattr(PackedClips, "fill", lambda self, index, *rest: np.zeros(len(index), bool))
     other, also_skipped = epoch(workers=1)
     assert skipped == also_skipped and len(found) == len(other)
