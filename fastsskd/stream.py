@@ -2,8 +2,9 @@
 
 A batch is cut into parts of a few clips, and a worker carries its part all the way: read -> decode -> crop -> resample,
 loop -> fbank, HOG (numba) -> its rows of the batch. Nothing is handed from thread to thread, and a clip stays in its
-core's cache. For a GPU a worker stops at the crop's samples; when a batch has all of them, the last worker copies them
-to the device, where torch resamples them and computes the features.
+core's cache; the plain clips of a part go that way together, in one call. For a GPU a worker stops at the samples of
+the crop; when a batch has all of them, the last worker copies them to the device, where torch resamples them and
+computes the features.
 """
 
 from __future__ import annotations
