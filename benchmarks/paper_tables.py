@@ -9,10 +9,13 @@
 
 Tables 1 to 9 train their rows: every row with every seed, and with every fold in turn where the manifest has folds and
 the configuration names no evaluation set. Rows that tables share are trained once; the same command goes on where it
-was stopped, and more seeds, folds or tables can be asked for later. The paper's numbers stand beside ours. A row's gain
-is over the row before it and over the table's first row, from pairs of trainings with the same fold and seed: mean and
-standard error. Data with one label a clip gets each table twice, in accuracy and in mAP. Tables 10 to 12 evaluate
-checkpoints, several behind one name (separated by commas) as an ensemble. Results go to ``OUT/tables.{json,md}``.
+was stopped, and more seeds, folds or tables can be asked for later. Multi-SSL on clips of its own (data.ssl_manifest)
+knows of no fold: it is trained once for all folds of a row and seed.
+
+The paper's numbers stand beside ours. A row's gain is over the row before it and over the table's first row, from pairs
+of trainings with the same fold and seed: mean and standard error. Data with one label a clip gets each table twice, in
+accuracy and in mAP. Tables 10 to 12 evaluate checkpoints, several behind one name (separated by commas) as an ensemble.
+Results go to ``OUT/tables.{json,md}``.
 """
 
 import argparse
@@ -50,16 +53,27 @@ def rows_of(args: argparse.Namespace) -> dict[str, tuple[str, ...]]:
     return {name: overrides for name, overrides in rows.items() if name in wanted}
 
 
-def jobs_of(args: argparse.Namespace) -> dict[Key, Job]:
-    """Every training, by row, fold and seed; all rows of a seed before the next seed."""
-    jobs = {}
+def jobs_of(args: argparse.Namespace) -> tuple[list[Job], dict[Key, Job]]:
+    """Multi-SSL that several trainings begin with, and every training, by row, fold and seed; seed after seed."""
+    shared, jobs = [], {}
     for seed in args.seeds:
         for row, own in rows_of(args).items():
             overrides = (*args.set, *own)
             settings = load_config(args.config, overrides)
+            if knows_no_fold(settings):
+                first = Job(f"{row}-ssl-seed{seed}", (*overrides, f"run.seed={seed}", 'recipe.stages=["ssl"]'))
+                shared.append(first)
+                init = args.out.resolve() / first.name / "checkpoints" / "iter1-ssl"
+                overrides = (*overrides, 'recipe.stages=["distill"]', f"model.init={json.dumps(str(init))}")
             for job, fold in of_folds(settings, overrides, args.folds, seed):
                 jobs[row, fold, seed] = Job(f"{row}-{job.name}", job.overrides)
-    return jobs
+    return shared, jobs
+
+
+def knows_no_fold(settings: Config) -> bool:
+    """Whether Multi-SSL is the same for every fold: once, on clips of its own."""
+    once = settings.recipe.iterations == 1 and tuple(settings.recipe.stages) == ("ssl", "distill")
+    return once and bool(settings.data.ssl_manifest)
 
 
 def of_folds(
@@ -159,11 +173,13 @@ def gain(found: dict | None) -> str:
 
 def train_tables(args: argparse.Namespace) -> list[dict]:
     """Train what is missing and make the tables; a failed training leaves its place empty and is said at the end."""
-    jobs = jobs_of(args)
+    shared, jobs = jobs_of(args)
     files = {"config": args.config, "ds_config": args.ds_config, "out": args.out, "launcher": LAUNCHER}
+    cores = {"parallel": args.parallel, "threads": args.threads}
     failed = None
+    first = run_many(shared, **files, **cores, keep="models") if shared else {}
     try:
-        done = run_many(list(jobs.values()), **files, parallel=args.parallel, threads=args.threads, keep=args.keep)
+        done = run_many(list(jobs.values()), **files, **cores, keep=args.keep)
     except JobsFailed as error:
         done, failed = error.results, error
     results = {key: done[job.name] for key, job in jobs.items() if job.name in done}
@@ -172,7 +188,7 @@ def train_tables(args: argparse.Namespace) -> list[dict]:
     single = next(iter(results.values()))["metrics"]["accuracy"] is not None
     metrics = ("accuracy", "mAP") if single else ("mAP",)
     tables = [make_table(n, results, metric) for n in args.table if n in TABLES for metric in metrics]
-    seconds = sum(result["seconds"] for result in results.values())
+    seconds = sum(result["seconds"] for result in (*first.values(), *results.values()))
     write(args, tables, [f"{len(results)} trainings, {seconds / 3600:.1f} hours of {args.parallel} at a time."])
     if failed:
         raise failed

@@ -91,7 +91,7 @@ def test_every_entry_of_a_table_is_a_row_or_asks_for_a_file(script):
 
 def test_tables_share_their_trainings(script, files):
     tables = script("paper_tables")
-    jobs = tables.jobs_of(tables.parse(["--table", "1", "4", "6", *files, "--seeds", "0", "5", "--folds", "2"]))
+    _, jobs = tables.jobs_of(tables.parse(["--table", "1", "4", "6", *files, "--seeds", "0", "5", "--folds", "2"]))
     rows = {"base", "intra-ssr", "intra-ssr-hog", "inter-ssr-75", "inter-ssr-hog", "intra-ss", "inter-ss", "multi-ssl"}
     assert set(jobs) == {(row, 2, seed) for row in rows for seed in (0, 5)}
     job = jobs["base", 2, 5]
@@ -99,10 +99,27 @@ def test_tables_share_their_trainings(script, files):
     assert job.overrides[-3:] == ("data.eval_folds=[2]", "data.train_folds=[1, 3]", "run.seed=5")
 
 
+def test_multi_ssl_on_clips_of_its_own_is_shared_by_the_folds(script, files, tmp_path):
+    tables = script("paper_tables")
+    asked = ["--table", "6", "9", *files, "--set", "data.ssl_manifest=sounds", "--seeds", "0", "5"]
+    shared, jobs = tables.jobs_of(tables.parse(asked))
+    rows = ("intra-ss", "inter-ss", "multi-ssl")
+    assert [job.name for job in shared] == [f"{row}-ssl-seed{seed}" for seed in (0, 5) for row in rows]
+    assert len(jobs) == 2 * 3 * (len(rows) + 2)
+    for (row, fold, seed), job in jobs.items():
+        settings = config.load(files[1], job.overrides)
+        init = str(tmp_path / f"out/{row}-ssl-seed{seed}/checkpoints/iter1-ssl") if row in rows else ""
+        assert settings.model.init == init and settings.data.eval_folds == (fold,)
+        assert settings.recipe.stages == (("ssl", "distill") if row == "iterations" else ("distill",))
+    first = config.load(files[1], shared[-1].overrides)
+    assert first.recipe.stages == ("ssl",) and not first.model.init and first.run.seed == 5
+    assert terms_of(first.loss) == terms_of(settings_of(script, "multi-ssl").loss)
+
+
 def test_without_folds_a_row_is_trained_once_for_each_seed(script, files):
     tables = script("paper_tables")
     options = ["--table", "1", *files, "--set", "data.eval_manifest=other", "--seeds", "3"]
-    jobs = tables.jobs_of(tables.parse(options))
+    _, jobs = tables.jobs_of(tables.parse(options))
     assert set(jobs) == {(row, None, 3) for row in ("base", "intra-ssr", "intra-ssr-hog")}
     assert jobs["base", None, 3].overrides[-1] == "run.seed=3"
 
@@ -110,7 +127,7 @@ def test_without_folds_a_row_is_trained_once_for_each_seed(script, files):
 def test_teachers_and_starting_weights_are_files(script, files):
     tables = script("paper_tables")
     asked = ["--table", "7", "8", *files, "--teacher", "AST=a b.pth", "--imagenet", "vit.npz", "--folds", "1"]
-    jobs = tables.jobs_of(tables.parse(asked))
+    _, jobs = tables.jobs_of(tables.parse(asked))
     assert {row for row, _, _ in jobs} == {"multi-ssl", "imagenet", "teacher-AST"}
     assert 'distill.teacher="a b.pth"' in jobs["teacher-AST", 1, 0].overrides
     assert 'model.init="vit.npz"' in jobs["imagenet", 1, 0].overrides
