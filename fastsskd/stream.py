@@ -188,7 +188,7 @@ class Stream:
         try:
             left = self._fill(work, places)
             index, crops = [int(work.index[place]) for place in left], [work.crops[place] for place in left]
-            for at, clip in self._reader().read(index, crops):
+            for at, clip in self._tools().reader.read(index, crops):
                 place = left[at]
                 work.results[place] = clip if isinstance(clip, BadClip) else self._place(work, place, clip)
             with work.lock:
@@ -206,23 +206,22 @@ class Stream:
 
     def _fill(self, work: _Work, places: range) -> list[int]:
         """Fill the rows of clips that need no decoder and no device; returns the places of the others."""
-        self._reader()
         if self._on_gpu or self._s.waveform:
             return list(places)
         rows = slice(places.start, places.stop)
         positions = np.array([crop.position for crop in work.crops[rows]])
-        filled = self._own.packed.fill(work.index[rows], positions, work.fbank[rows], work.hog[rows])
+        filled = self._tools().packed.fill(work.index[rows], positions, work.fbank[rows], work.hog[rows])
         return [place for place, done in zip(places, filled.tolist(), strict=True) if not done]
 
-    def _reader(self) -> ClipReader:
-        """This worker's own."""
+    def _tools(self) -> threading.local:
+        """This worker's own: its two readers and its scratch."""
         if not hasattr(self._own, "reader"):
             s = self._s
             features = {"num_samples": s.num_samples, "num_frames": s.num_frames, "mean": s.mean, "std": s.std}
             self._own.reader = ClipReader(s.manifest, self._shards, PART)
             self._own.packed = PackedClips(s.manifest, self._shards, **features)
             self._own.waveform = torch.empty(1, s.num_samples)
-        return self._own.reader
+        return self._own
 
     def _place(self, work: _Work, place: int, clip: Window) -> kernels.CropInputs | None:
         """Fill the clip's rows of the batch; for a GPU, cut out what goes there."""

@@ -96,11 +96,9 @@ def features(
     frames = count_frames(waveform.shape[1], sample_rate)
     if num_frames is None:
         num_frames = padded_frames(waveform.shape[1], sample_rate, patch)
-    check_geometry(frames, num_frames, num_mel_bins, patch)
+    shapes = clip_shapes(frames, num_frames, num_mel_bins, patch)
     if not std > 0.0:
         raise ValueError(f"std={std}: expected more than 0")
-    patches = (num_frames // patch) * (num_mel_bins // patch)
-    shapes = (num_frames, num_mel_bins), (patches,)
     fbank, hog = outputs(out, waveform.shape[0], waveform.device, *shapes)
     factor = 0.5 / std
     if resolve_backend(backend, waveform) == "numba":
@@ -115,12 +113,13 @@ def features(
     return fbank, hog
 
 
-def check_geometry(frames: int, num_frames: int, num_mel_bins: int, patch: int) -> None:
-    """Raise a ValueError unless the clip fits the wanted frames, and both sides are whole patches."""
+def clip_shapes(frames: int, num_frames: int, num_mel_bins: int, patch: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of a clip's fbank and hog; a ValueError unless it fits the wanted frames and both sides are patches."""
     if patch < 1 or num_mel_bins % patch or num_frames % patch:
         raise ValueError(f"num_frames={num_frames}, num_mel_bins={num_mel_bins}: expected multiples of patch={patch}")
     if num_frames < frames:
         raise ValueError(f"num_frames={num_frames}: the clip has {frames} frames; crop the waveform first")
+    return (num_frames, num_mel_bins), ((num_frames // patch) * (num_mel_bins // patch),)
 
 
 def outputs(out: tuple | None, count: int, device: torch.device, *shapes: tuple[int, ...]) -> list[torch.Tensor]:

@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 from fastsskd_kernels.compile import inlined, njit
 from fastsskd_kernels.crop import INT16_SCALE, crop_start
 from fastsskd_kernels.fbank_cpu import make_plan
-from fastsskd_kernels.features import check_geometry, features_batch, outputs
+from fastsskd_kernels.features import clip_shapes, features_batch, outputs
 from fastsskd_kernels.kaldi import num_frames as count_frames
 from fastsskd_kernels.simd import VECTOR_BYTES
 
@@ -62,9 +62,8 @@ def wav_features(
         ValueError: as ``features``.
     """
     frames = count_frames(num_samples, sample_rate)
-    check_geometry(frames, num_frames, num_mel_bins, patch)
-    patches = (num_frames // patch) * (num_mel_bins // patch)
-    fbank, hog = outputs(out, len(files), torch.device("cpu"), (num_frames, num_mel_bins), (patches,))
+    shapes = clip_shapes(frames, num_frames, num_mel_bins, patch)
+    fbank, hog = outputs(out, len(files), torch.device("cpu"), *shapes)
     if frames < 1 or not std > 0.0 or len(memory) < wav_memory(num_samples):
         found = f"num_samples={num_samples}, std={std}, {len(memory)} bytes of memory"
         raise ValueError(f"{found}: expected at least a frame, more than 0, and {wav_memory(num_samples)} bytes")
