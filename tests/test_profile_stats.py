@@ -63,8 +63,16 @@ def test_a_slope_survives_odd_points():
     x = np.arange(40.0)
     y = 3.0 * x + 5.0
     y[[3, 17, 30]] = 1e6
-    assert slope(x, y) == pytest.approx(3.0)
-    assert slope([1.0, 1.0], [1.0, 2.0]) == 0.0 and slope([], []) == 0.0
+    line = list(zip(x, y, strict=True))
+    assert slope([line]) == pytest.approx(3.0)
+    assert slope([[(1.0, 1.0), (1.0, 2.0)]]) == 0.0 and slope([[], []]) == 0.0 and slope([]) == 0.0
+
+
+def test_a_slope_is_not_what_lies_between_two_lines():
+    flat = [[(float(x), height) for x in range(10)] for height in (0.0, 1e6, 2e6)]
+    assert slope(flat) == 0.0
+    rising = [[(x, y + 2.0 * x) for x, y in line] for line in flat]
+    assert slope(rising) == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize(

@@ -153,8 +153,9 @@ def _rounds(job: Job, batch: Batch, seconds: float) -> int:
 def _rank(job: Job, traces: dict[str, Trace], sent: profile_step.Alone | None) -> RankFound:
     whole = traces["end_to_end"]
     waited = [wait for _, wait, _ in whole.steps]
-    clips, memory = zip(*whole.memory, strict=True) if whole.memory else ((0,), (0,))
-    later = len(clips) // 3  # the first batches fill memory that is then used again
+    # The first batches fill memory that is then used again; what the runs between two rounds took is not this one's.
+    later = [line[len(line) // 3 :] for line in whole.memory]
+    clips = sum(line[-1][0] - line[0][0] for line in later if line)
     cached = traces["cached"].rate()
     own = job.sizes.micro * job.sizes.accumulation
     return RankFound(
@@ -166,8 +167,8 @@ def _rank(job: Job, traces: dict[str, Trace], sent: profile_step.Alone | None) -
         first=statistics.median(whole.first),
         step=sent.together.value if sent else own / cached.value,
         alone=sent.alone if sent else None,
-        memory=float(memory[-1]),
-        growth=slope(clips[later:], memory[later:]) if clips[-1] - clips[later] >= ENOUGH_CLIPS else math.nan,
+        memory=max((float(used) for line in later for _, used in line), default=0.0),
+        growth=slope(later) if clips >= ENOUGH_CLIPS else math.nan,
     )
 
 

@@ -41,13 +41,13 @@ class Trace:
         windows: clips of this rank and seconds, of each stretch of at least :data:`WINDOW` seconds.
         steps: begin, seconds waited for data, seconds of the rest, of each optimizer step of the steady state.
         first: seconds until the first batch, of each round.
-        memory: clips so far and bytes of this process, at each window's end.
+        memory: of each round, clips so far and bytes of this process at each window's end.
     """
 
     windows: list[tuple[int, float]] = field(default_factory=list)
     steps: list[tuple[float, float, float]] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
-    memory: list[tuple[int, int]] = field(default_factory=list)
+    memory: list[list[tuple[int, int]]] = field(default_factory=list)
 
     def rate(self) -> Interval:
         """Clips a second of this rank."""
@@ -55,9 +55,7 @@ class Trace:
 
     def append(self, other: Trace) -> None:
         """Another round."""
-        before = self.memory[-1][0] if self.memory else 0
-        self.memory += [(before + clips, used) for clips, used in other.memory]
-        for name in ("windows", "steps", "first"):
+        for name in ("windows", "steps", "first", "memory"):
             getattr(self, name).extend(getattr(other, name))
 
 
@@ -93,7 +91,7 @@ class _Recorder:
     """
 
     def __init__(self, source: Source, device: torch.device, warm_up: int, seconds: float):
-        self.source, self.device, self.trace = source, device, Trace()
+        self.source, self.device, self.trace = source, device, Trace(memory=[[]])
         now = time.perf_counter()
         self._warm_up, self._half, self._end = warm_up, now + seconds / 2, now + seconds
         self._at = self._window = time.perf_counter()
@@ -116,7 +114,7 @@ class _Recorder:
             if now - self._window >= WINDOW or stopping:
                 now = self._settle()
                 self.trace.windows.append((self.source.clips - self._clips, now - self._window))
-                self.trace.memory.append((self.source.clips, memory_used()))
+                self.trace.memory[0].append((self.source.clips, memory_used()))
                 self._window, self._clips = now, self.source.clips
         self._at, self._waited = now, self.source.waited
 

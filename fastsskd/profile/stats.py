@@ -86,14 +86,19 @@ def waits(seconds: Sequence[float], whole: float) -> Waits:
     return Waits(*points, ready, min(sum(seconds) / max(whole, 1e-9), 1.0), limit)
 
 
-def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Of the line through the points, by Theil and Sen: the median over pairs, which a few odd points do not move."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    first, second = np.triu_indices(len(x), 1)
-    apart = x[second] != x[first]
-    if not apart.any():
-        return 0.0
-    return float(np.median((y[second] - y[first])[apart] / (x[second] - x[first])[apart]))
+def slope(lines: Sequence[Sequence[tuple[float, float]]]) -> float:
+    """That the lines of points ``(x, y)`` have in common, by Theil and Sen: the median over pairs of points.
+
+    A few odd points do not move it. Pairs are of one line, so that lines may lie at different heights.
+    """
+    slopes = []
+    for line in lines:
+        x, y = np.asarray(line, float).reshape(-1, 2).T
+        first, second = np.triu_indices(len(x), 1)
+        apart = x[second] != x[first]
+        slopes.append((y[second] - y[first])[apart] / (x[second] - x[first])[apart])
+    found = np.concatenate(slopes) if slopes else np.empty(0)
+    return float(np.median(found)) if len(found) else 0.0
 
 
 def number(value: float) -> str:
