@@ -95,6 +95,14 @@ def _scale(result: dict) -> dict[str, Figure]:
     }
 
 
+def _scenarios(result: dict) -> dict[str, Figure]:
+    return {row["name"]: of_samples(row["samples"], "clips/s", True) for row in result.get("rows", ())}
+
+
+def _live(result: dict) -> dict[str, Figure]:
+    return {name: of_samples([1e6 * row["seconds"]], "us", False) for name, row in result.get("rows", {}).items()}
+
+
 READERS = {
     "kernels": _kernels,
     "throughput": _throughput,
@@ -103,6 +111,8 @@ READERS = {
     "teach": _teach,
     "plan": _plan,
     "scale": _scale,
+    "scenarios": _scenarios,
+    "live": _live,
 }
 
 

@@ -47,6 +47,8 @@ SCRIPTS = (
     Script("throughput", "throughput.py", 35, ("--rounds", "3", "--window", "3")),
     Script("teach", "teach.py", 6),
     Script("scale", "scale.py", 8),
+    Script("scenarios", "scenarios.py", 15),
+    Script("live", "live.py", 1),
     Script("plan", "plan_check.py", 12, ("--rounds", "1")),
     Script("intervals", "intervals.py", 4),
 )

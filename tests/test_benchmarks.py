@@ -222,6 +222,44 @@ def test_smoke_scale(tmp_path, script):
     assert script("scale").rank_counts(6) == [1, 2, 4, 6] and script("scale").rank_counts(8) == [1, 2, 4, 8]
 
 
+@pytest.mark.slow
+def test_smoke_scenarios(tmp_path):
+    found = smoke("scenarios", tmp_path)
+    rows = found["rows"]
+    assert [len(row["found"]) for row in rows] == [1, 1] and all(row["end_to_end"] > 0 for row in rows)
+    assert rows[1]["found"][0][1] == "teacher" and rows[1]["predicted"] > 1 and rows[1]["measured"] > 0
+    assert found["verdicts"][0]["found"] == 50 * sum(row["right"][0] for row in rows)
+    assert f"| {rows[0]['name']} |" in (tmp_path / "scenarios.md").read_text()
+
+
+def test_gains_are_those_of_the_best_advice(script):
+    scenarios = script("scenarios")
+    situation = scenarios.Situation("x", "LOADER-BOUND", ("pack",))
+
+    def sample(word, *advice):
+        given = [{"key": key, "gain": gain, "tried": {"value": tried}} for key, gain, tried in advice]
+        rate = {"end_to_end": {"value": 5.0}}
+        return {"verdict": word, "advice": given, "clips_per_second": rate, "seconds": 1.0, "setup": 2.0}
+
+    samples = [
+        sample("LOADER-BOUND", ("pack", 4.0, 3.0), ("threads", 2.0, 1.5)),
+        sample("LOADER-BOUND", ("threads", 2.0, 1.5), ("pack", 6.0, 5.0)),
+        sample("BALANCED"),
+    ]
+    row = scenarios.row_of(situation, samples)
+    assert row["right"] == [True, False, False] and row["found"][2] == ("BALANCED", "none")
+    assert (row["predicted"], row["measured"], row["seconds"]) == (5.0, 4.0, 3.0)
+
+
+@pytest.mark.slow
+def test_smoke_live(tmp_path):
+    """In a process of its own; every piece was called and takes time, and the sum is that of the pieces."""
+    found = smoke("live", tmp_path)
+    assert len(found["rows"]) == 4 and all(row["seconds"] > 0 for row in found["rows"].values())
+    shares = [100 * row["seconds"] * row["times"] / found["step"] for row in found["rows"].values()]
+    assert found["percent"] == pytest.approx(sum(shares)) and found["logs"] == 6
+
+
 def test_what_fits_into_the_budget(script):
     run_all = script("run_all")
     scripts = tuple(run_all.Script(name, f"{name}.py", minutes) for name, minutes in (("a", 6), ("b", 25), ("c", 3)))
