@@ -6,6 +6,8 @@ Sets of clips are drawn from normal distributions: the score of a clip's own cla
 others'. The truth is the metric of 20,000 such clips. Intervals are to hold it in 95 % of the sets. Beside ours, which
 are bias-corrected, stand plain percentiles of the same resamples. Results go to
 ``benchmarks/results/intervals.{json,md}``.
+
+Last result, 2026-11-22: accuracy in 92 to 95 of 100 sets; mAP in 79 to 96, where plain percentiles hold it in 41 to 93.
 """
 
 import argparse

@@ -12,6 +12,8 @@ scikit-image's: a fast wrong kernel is not in the table. Results go to ``benchma
 How to read it: MKL's real FFT of the 998 windowed frames, alone, is one part of the work. It is no hard limit, since an
 FFT that keeps frames in SIMD lanes and in cache need not run at MKL's speed, but it is the yardstick: ratios to it
 travel from machine to machine better than milliseconds do.
+
+Last result, 2026-11-23: fbank 10.5 x torchaudio and 7.5 x DALI, patch HOG 380 x scikit-image; a 10 s clip in 0.39 ms.
 """
 
 # ruff: noqa: E402

@@ -10,6 +10,8 @@ piece of a worker's work. The logs count whole, losses and health with them, so 
 they also wait for the device.
 
 Results go to ``benchmarks/results/live.{json,md}``.
+
+Last result, 2026-11-23: 0.13 % of a step of the nano model with a log each 10 steps.
 """
 
 import argparse

@@ -10,6 +10,9 @@ round takes the numbers of ranks in turn, and cells are medians. The ideal of N 
 uses all cores already, so there the ideal is the speed of one.
 
 Results go to ``benchmarks/results/scale.json``, ``.md`` and ``.png``.
+
+Last result, 2026-11-23: two ranks on two cores train 1.2 x (Multi-SSL) and 1.4 x (labels) as fast as one; steps wait
+for data 0.4 to 0.7 % of the time.
 """
 
 import argparse

@@ -9,6 +9,9 @@ it predicts for its best advice stands beside the gain of really following it. B
 (a slow disk, a slow rank, a slow network) are planted in tests/test_profile.py.
 
 Results go to ``benchmarks/results/scenarios.{json,md}``.
+
+Last result, 2026-11-23: 12 of 12 profiles name what is known; predicted gains of 3.0, 5.6 and 11.3 x, measured 3.1, 5.6
+and 13.2 x.
 """
 
 import argparse

@@ -8,6 +8,9 @@ neither bytes nor seconds depend. `fastsskd teach` stores its answers to some cl
 student's step, through DeepSpeed in 16 bits: with labels only, with the stored answers, with the teacher in the step.
 Rows are timed in turn, round after round; a cell is the median. Before that, the losses of the two with a teacher are
 held against each other. Results go to ``benchmarks/results/teach.{json,md}``.
+
+Last result, 2026-11-22: 1.6 GB per million clips and crop; on two CPU cores a step without the teacher is 3.8 x as
+fast.
 """
 
 import argparse

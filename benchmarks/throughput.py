@@ -13,6 +13,9 @@ are medians. Before anything is timed, outputs are compared with torchaudio's fb
 How to read it: the baselines (only read, only decode, only features) say what a loader could reach at best with those
 parts; ratios travel from machine to machine better than clips a second do. Results go to
 ``benchmarks/results/throughput.json``, ``.md`` and ``.png``.
+
+Last result, 2026-11-23: against an AST-style Dataset on FLAC 4.3 x from FLAC and 13.4 x from packed shards; 1.5 x the
+fastest peer on 44.1 kHz Ogg; 62 % of its own decoder alone on FLAC.
 """
 
 # ruff: noqa: E402

@@ -9,6 +9,8 @@ tried and not taken. Rows are timed in turn, round after round; a cell is the me
 ``fastsskd.flops`` (tests/test_flops.py holds that against torch's own count) and divided by the rate of large matrix
 products measured in the same run: that is the utilisation. The labelled step follows, alone and under AST and BEATs of
 their published sizes: what share of it is the teacher's. Results go to ``benchmarks/results/train_step.{json,md}``.
+
+Last result, 2026-11-22: on two CPU cores 3.9 x the pseudo code at base size, 73 % of the measured bf16 peak.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """The benchmark scripts still run, and compute what they say they compute. No figure is judged here."""
 
+import ast
 import importlib
 import json
 import subprocess
@@ -274,6 +275,15 @@ def test_every_benchmark_of_the_page_has_a_smoke_run(script):
     for item in run_all.SCRIPTS:
         assert '"--smoke"' in (BENCHMARKS / item.file).read_text()
         assert item.name in run_all.figures_of.__globals__["READERS"] or item.name == "intervals"
+
+
+def test_every_benchmark_opens_with_its_last_result(script):
+    """That of the file beside it, by its date."""
+    for item in script("run_all").SCRIPTS:
+        text = ast.get_docstring(ast.parse((BENCHMARKS / item.file).read_text()))
+        written = json.loads((BENCHMARKS / "results" / f"{item.name}.json").read_text())["machine"]["date"].split()[0]
+        assert f"\nLast result, {written}: " in text, item.file
+        assert text.split("\n")[0].endswith("?") and f"python benchmarks/{item.file}" in text
 
 
 def test_a_change_is_one_that_the_samples_cannot_explain(script):

@@ -118,24 +118,24 @@ def _make_batch(setting: _Setting, size: int) -> Batch:
 def _stage_cost(
     setting: _Setting, kind: str, teachers: tuple[str, ...], sizes: tuple[int, int]
 ) -> tuple[StageCost, float]:
-    """A line through the medians at two sizes of the micro-batch, and the optimizer's step; the spread of the times."""
+    """A line through two sizes of the micro-batch, and the optimizer's step; the spread of the times.
+
+    The sizes take turns: a machine that is faster for some seconds is so for both, and a clip's cost comes from pairs.
+    """
     engine = _engine(setting, kind, teachers, sizes[1])
+    batches = [_make_batch(setting, size) for size in sizes]
     forward: list[list[float]] = [[], []]
     steps = []
-    for times, size in zip(
-        forward, sizes, strict=True
-    ):  # one size after the other: memory is then used again, as in a run
-        batch = _make_batch(setting, size)
-        for round_ in _rounds():
+    for round_ in _rounds():
+        for times, batch in zip(forward, batches, strict=True):
             passes, step = _timed_step(engine, batch)
             if round_:  # the first one allocates
                 times.append(passes)
                 steps.append(step)
-    small, large = (statistics.median(times) for times in forward)
-    clip = max(large - small, 0.0) / (sizes[1] - sizes[0])
-    if clip == 0.0:
-        clip = large / sizes[1]
     engine.destroy()
+    large = statistics.median(forward[1])
+    more = statistics.median(b - a for a, b in zip(*forward, strict=True))
+    clip = more / (sizes[1] - sizes[0]) if more > 0.0 else large / sizes[1]
     spread = max(_spread(times) for times in forward)
     return StageCost(clip, max(large - clip * sizes[1], 0.0), statistics.median(steps)), spread
 
