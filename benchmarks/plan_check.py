@@ -6,6 +6,8 @@ For every case: `fastsskd plan --gpu this` times a few steps in micro-batches of
 predicts; then `deepspeed launch/train.py` trains Multi-SSL, labels and distillation, as users run it. Speed is the
 median over the run's own log intervals, memory the largest resident size of a rank. Plan and run are repeated in turn,
 and medians compared. Results go to ``benchmarks/results/plan.{json,md}``.
+
+Last result, 2026-11-23: in one round speeds within 30 %, eleven of twelve within 23; memory within 15 %.
 """
 
 import argparse

@@ -125,8 +125,8 @@ class LossConfig:
     contrast_inter: bool = _option(True, "Formula 8, inter view")
     restore_scale: float = _option(
         1.0,
-        "further weight of the reconstruction inside alpha's bracket; 1 = Formula 10 as printed, where it is drowned: "
-        "about 20 gives it the gradient of the contrast (benchmarks/results/loss_balance.md)",
+        "further weight of the reconstruction inside alpha's bracket; 1 = Formula 10 as printed, where the other terms "
+        "drown it; 8 in the recipes (docs/method.md)",
         low=0.0,
     )
     hog_weight: bool = _option(True, "weight the reconstruction by HOG (Tables 1 and 4)")

@@ -63,7 +63,9 @@ def test_what_the_paper_gives_is_the_paper_s(name):
     c = config.load(of(name))
     assert (c.ssl.lr, c.distill.lr, c.recipe.lr_decay, c.recipe.iterations) == (1.5e-4, 1.5e-4, 0.8, 3)
     assert c.recipe.stages == ("ssl", "distill") and c.model.size == "base"
-    assert (c.mask, c.loss, c.optim) == (config.MaskConfig(), config.LossConfig(), config.OptimConfig())
+    assert (c.mask, c.optim) == (config.MaskConfig(), config.OptimConfig())
+    # All of Formula 10; of its weights, which the paper does not give, docs/method.md says why.
+    assert c.loss == config.LossConfig(alpha=2.0, beta=2.0, restore_scale=8.0)
     assert c.data.seconds == (5.0 if name == "esc50" else 10.0)
 
 
