@@ -95,3 +95,16 @@ def test_few_lines_stay_as_they_are():
     assert reference.thinned([line("iter1-distill", 4)]) == [
         {"step": 4, "epoch": 0.4, "lr": 2.5e-4, "grad_norm": 2.0, "loss": 1.25}
     ]
+
+
+def test_the_committed_curves_are_those_of_a_run_that_learns():
+    """What the page beside them says of the one that everyone can make."""
+    kept = Path(__file__).parents[1] / "benchmarks/results/reference"
+    assert {path.name for path in kept.iterdir() if path.is_dir()} == {"sounds", "esc10"}
+    trained = [f"iter{number}-{kind}" for number in (1, 2, 3) for kind in ("distill", "ssl")]
+    assert list(reference.load(kept / "esc10").stages) == [*trained, "teacher"]
+    lines = reference.load(kept / "sounds").stages["iter1-ssl"]
+    first, last = lines[0], lines[-1]
+    assert first["explained_intra"] < 0 < 0.6 < last["explained_intra"]
+    assert first["contrast_accuracy_inter"] < 0.2 and last["contrast_accuracy_inter"] > 0.8
+    assert last["effective_rank"] > 2 * first["effective_rank"] and last["loss"] < first["loss"] / 4
