@@ -46,7 +46,7 @@ class Situation:
     Attributes:
         name: in words. fields: of the configuration. stage: that is profiled.
         word: of the verdict. advice: the best one's key, or one of several that are equally right.
-        packed: whether the clips are packed.
+        packed: whether the clips are packed. taught: whether there is a teacher in the step.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Situation:
     fields: tuple[str, ...] = ()
     stage: str = "distill"
     packed: bool = False
+    taught: bool = False
 
 
 SHORT = ("data.seconds=1",)
@@ -66,7 +67,7 @@ SITUATIONS = (
     Situation("1 s crops of 44.1 kHz Ogg recordings", "LOADER-BOUND", ("pack",), SHORT),
     Situation("the same, one loader thread", "LOADER-BOUND", ("pack", "threads"), (*SHORT, "data.workers=1")),
     Situation("the same, packed", "COMPUTE-BOUND", ("model", "optimizer"), SHORT, packed=True),
-    Situation("a larger teacher in the step", "COMPUTE-BOUND", ("teacher",), ("TEACHER",), packed=True),
+    Situation("a larger teacher in the step", "COMPUTE-BOUND", ("teacher",), packed=True, taught=True),
 )
 
 
@@ -136,8 +137,8 @@ def measure(options: argparse.Namespace, folder: Path) -> list[dict]:
         for situation in options.situations:
             options.watch.wait()
             # Labels alone unless the situation has a teacher: the configuration's own is trained first.
-            fields = [*(taught if situation.fields == ("TEACHER",) else ["distill.teacher=", *situation.fields])]
-            found = profile(situation, manifests[situation.packed], [*fields, *options.set], folder, options.seconds)
+            fields = [*(taught if situation.taught else ["distill.teacher="]), *situation.fields, *options.set]
+            found = profile(situation, manifests[situation.packed], fields, folder, options.seconds)
             print(f"{situation.name}: {found['line']}", file=sys.stderr, flush=True)
             samples[situation].append(found)
     return [row_of(situation, found) for situation, found in samples.items()]
