@@ -1,5 +1,5 @@
 """What the benchmarks share: waiting for an idle machine, saying which machine it was, parts in processes of
-their own, requirements met or missed, results as files."""
+their own, small trainings' clips and batches, requirements met or missed, results as files."""
 
 import datetime
 import json
@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 from fastsskd import hardware
+
+LAUNCH = Path(__file__).parents[1] / "launch"
 
 
 class IdleWatch:
@@ -78,6 +80,43 @@ def run_part(name: str, command: list[str], limit: float | None = None) -> dict:
         lines = [line for line in done.stdout.splitlines() if line.strip()]
         found["failed"] = lines[-1].strip()[:200] if lines else f"exit code {done.returncode}"
     return found
+
+
+def answer(what: str, command: list[str], env: dict[str, str] | None = None) -> dict:
+    """What a command prints as JSON; if it fails, the last line that it said ends the benchmark."""
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | (env or {}))
+    if done.returncode:
+        raise SystemExit(f"{what}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
+    return json.loads(done.stdout)
+
+
+def fastsskd(*words: object) -> None:
+    """Run one of our commands and show nothing of it."""
+    run_module("fastsskd.cli", *words)
+
+
+def run_module(name: str, *words: object) -> None:
+    command = [sys.executable, "-m", name, *map(str, words)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def sounds(folder: Path) -> Path:
+    """Manifest of the quickstart's sounds, which are generated below ``folder``."""
+    manifest = folder / "sounds.manifest"
+    run_module("fastsskd.sound_events", "--out", folder / "sounds")
+    fastsskd("index", folder / "sounds", "--out", manifest)
+    return manifest
+
+
+def batch_file(folder: Path, clips: int, source: Path = LAUNCH / "ds_config.json", tensorboard: bool = False) -> Path:
+    """A ds_config with batches of so many clips and no accumulation; unless asked for, without TensorBoard's files."""
+    tree = json.loads(source.read_text(encoding="utf-8"))
+    for name in ("train_micro_batch_size_per_gpu", *(() if tensorboard else ("tensorboard",))):
+        tree.pop(name, None)
+    path = folder / f"ds{clips}.json"
+    tree |= {"train_batch_size": clips, "gradient_accumulation_steps": 1}
+    path.write_text(json.dumps(tree), encoding="utf-8")
+    return path
 
 
 def verdict(what: str, value: float, sign: str, limit: float, unit: str) -> dict:

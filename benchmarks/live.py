@@ -6,7 +6,7 @@
 A difference of half a percent between two trainings drowns in what a machine does by itself, so the pieces are timed:
 in a real run of the smallest model, whose steps are the shortest, every log from the sums to the progress line,
 metrics.jsonl and TensorBoard; and by themselves, many times, the two readings of the clock around each batch and each
-piece of a worker's work. The logs count whole, losses and health with them, so that the sum is an upper bound; on a GPU
+piece of a worker's work. The logs count whole, the losses with them, so that the sum is an upper bound; on a GPU
 they also wait for the device.
 
 Results go to ``benchmarks/results/live.{json,md}``.
@@ -15,6 +15,7 @@ Last result, 2026-11-23: 0.13 % of a step of the nano model with a log each 10 s
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import statistics
@@ -26,72 +27,60 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import common
 import torch
-from scale import generate
 
 from fastsskd import config, distributed, ds_config, engine
 from fastsskd.recipe import Recipe
 from fastsskd.run_folder import RunFolder
 from fastsskd.stream import PART
 
-RESULTS, LAUNCH = Path(__file__).parent / "results", Path(__file__).parents[1] / "launch"
+RESULTS, LAUNCH = Path(__file__).parent / "results", common.LAUNCH
 BATCH, LOG_EVERY = 12, 10
 LIMIT = 0.5
 """Percent of a step."""
 CALLS = 20_000
+LOGS = {
+    engine._Meter: "the sums, headroom and utilisation",
+    RunFolder: "progress line, metrics.jsonl, TensorBoard",
+}
+"""Whose ``log`` is timed."""
 
 
-class Clock:
-    """Adds up the time that functions take.
+def timed(method: Callable, calls: list[float]) -> Callable:
+    """The method, which from now on notes the seconds of each call."""
 
-    Attributes:
-        spent: seconds of each call, by name.
-    """
+    @functools.wraps(method)
+    def noting(*args, **kwargs):
+        begin = time.perf_counter()
+        try:
+            return method(*args, **kwargs)
+        finally:
+            calls.append(time.perf_counter() - begin)
 
-    def __init__(self) -> None:
-        self.spent: dict[str, list[float]] = {}
-
-    def watch(self, owner: type, name: str, title: str) -> Callable[[], None]:
-        """Time a method from now on; returns what undoes it."""
-        method = getattr(owner, name)
-
-        @functools.wraps(method)
-        def timed(*args, **kwargs):
-            begin = time.perf_counter()
-            try:
-                return method(*args, **kwargs)
-            finally:
-                self.spent.setdefault(title, []).append(time.perf_counter() - begin)
-
-        setattr(owner, name, timed)
-        return lambda: setattr(owner, name, method)
+    return noting
 
 
 def train(folder: Path, epochs: int) -> tuple[dict[str, list[float]], list[float]]:
     """A real run with labels only; seconds of each call, and seconds a step of each log's interval."""
-    fields = {"data.manifest": generate(folder), "run.out": folder / "run", "run.log_every": LOG_EVERY}
+    fields = {"data.manifest": common.sounds(folder), "run.out": folder / "run", "run.log_every": LOG_EVERY}
     fields |= {"distill.epochs": epochs, "distill.teacher": "", "recipe.iterations": 1, "recipe.stages": '["distill"]'}
     settings = config.load(
         LAUNCH / "configs" / "quickstart.toml", [f"{name}={value}" for name, value in fields.items()]
     )
-    tree = json.loads((LAUNCH / "ds_config.json").read_text(encoding="utf-8")) | {"train_batch_size": BATCH}
-    target = folder / "ds.json"
-    target.write_text(json.dumps(tree), encoding="utf-8")
-    device, clock = "cuda" if torch.cuda.is_available() else "cpu", Clock()
+    tree = ds_config.load(common.batch_file(folder, BATCH, tensorboard=True))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     distributed.start(device)
-    undo = [
-        clock.watch(engine._Meter, "log", "the sums, headroom and utilisation"),
-        clock.watch(RunFolder, "log", "progress line, metrics.jsonl, TensorBoard"),
-    ]
-    try:
-        Recipe(settings, ds_config.load(target), device, RunFolder(settings, resume=False)).run()
-    finally:
-        for one in undo:
-            one()
+    spent: dict[str, list[float]] = {}
+    with contextlib.ExitStack() as stack:
+        for owner, title in LOGS.items():
+            log = timed(owner.log, spent.setdefault(title, []))
+            stack.enter_context(mock.patch.object(owner, "log", log))
+        Recipe(settings, tree, device, RunFolder(settings, resume=False)).run()
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return clock.spent, [line["seconds"] / LOG_EVERY for line in lines if line["step"] % LOG_EVERY == 0]
+    return spent, [line["seconds"] / LOG_EVERY for line in lines if line["step"] % LOG_EVERY == 0]
 
 
 def once(function: Callable[[], object]) -> float:

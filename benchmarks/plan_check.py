@@ -23,8 +23,7 @@ from pathlib import Path
 
 import common
 
-HERE = Path(__file__).parent
-RESULTS, LAUNCH = HERE / "results", HERE.parent / "launch"
+RESULTS, LAUNCH = Path(__file__).parent / "results", common.LAUNCH
 CASES = (("nano", 24, 6), ("nano", 48, 6), ("micro", 24, 2), ("micro", 48, 2))
 """Size, batch, epochs of each stage."""
 STAGES = {"ssl": "iter1-ssl", "distill": "iter1-distill", "teacher": "teacher"}
@@ -34,10 +33,6 @@ GOAL = 20.0
 
 def settings(folder: Path, size: str, batch: int, epochs: int) -> list[str]:
     """Arguments that the plan and the run share."""
-    tree = json.loads((LAUNCH / "ds_config.json").read_text())
-    del tree["tensorboard"]
-    target = folder / f"ds{batch}.json"
-    target.write_text(json.dumps(tree | {"train_batch_size": batch}))
     fields = {
         "data.manifest": folder / "sounds.manifest",
         "model.size": size,
@@ -46,7 +41,12 @@ def settings(folder: Path, size: str, batch: int, epochs: int) -> list[str]:
         "distill.epochs": epochs,
         "run.log_every": 4,
     }
-    named = ["--ds_config", str(target), "--config", str(LAUNCH / "configs" / "quickstart.toml")]
+    named = [
+        "--ds_config",
+        str(common.batch_file(folder, batch)),
+        "--config",
+        str(LAUNCH / "configs" / "quickstart.toml"),
+    ]
     return named + [word for name, value in fields.items() for word in ("--set", f"{name}={value}")]
 
 
@@ -54,8 +54,7 @@ def predict(shared: list[str], folder: Path) -> dict:
     """Clips a second by stage, and bytes, as the plan says."""
     command = [sys.executable, "-m", "fastsskd.cli", "plan", "--gpu", "this", "--json", *shared]
     command += ["--manifest", str(folder / "sounds.manifest")]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    found = json.loads(done.stdout)
+    found = common.answer("the plan", command)
     plan = found["plans"][0]
     rates = {kind: plan["stages"][kind]["clips_per_second"] for kind in STAGES}
     return {**rates, "bytes": plan["memory"]["1"]["total"], "measured": found["measured"]}
@@ -81,10 +80,7 @@ def train(shared: list[str], out: Path) -> dict:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> list[dict]:
-    sounds = [sys.executable, "-m", "fastsskd.sound_events", "--out", str(folder / "sounds")]
-    subprocess.run(sounds, check=True, stdout=subprocess.DEVNULL)
-    index = [sys.executable, "-m", "fastsskd.cli", "index", str(folder / "sounds")]
-    subprocess.run([*index, "--out", str(folder / "sounds.manifest")], check=True, stderr=subprocess.DEVNULL)
+    common.sounds(folder)
     watch, rows = options.watch, []
     for size, batch, epochs in options.cases:
         shared, plans, runs = settings(folder, size, batch, epochs), [], []

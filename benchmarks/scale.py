@@ -16,10 +16,8 @@ for data 0.4 to 0.7 % of the time.
 """
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
@@ -28,8 +26,7 @@ from pathlib import Path
 import common
 import torch
 
-HERE = Path(__file__).parent
-RESULTS, LAUNCH = HERE / "results", HERE.parent / "launch"
+RESULTS, LAUNCH = Path(__file__).parent / "results", common.LAUNCH
 KINDS = {"ssl": "Multi-SSL", "distill": "labels"}
 RUNS = {"cached": "step alone", "loader": "loader alone", "end_to_end": "together"}
 
@@ -39,39 +36,17 @@ def rank_counts(most: int) -> list[int]:
     return sorted({most, *(1 << n for n in range(most.bit_length()) if 1 << n <= most)})
 
 
-def batch_file(options: argparse.Namespace, ranks: int, folder: Path) -> Path:
-    """The ds_config with the micro-batch that stays and the batch that grows."""
-    tree = json.loads(options.ds_config.read_text(encoding="utf-8"))
-    tree.pop("tensorboard", None)
-    tree |= {"train_batch_size": ranks * options.micro, "gradient_accumulation_steps": 1}
-    tree.pop("train_micro_batch_size_per_gpu", None)
-    path = folder / f"ds{ranks}.json"
-    path.write_text(json.dumps(tree), encoding="utf-8")
-    return path
-
-
 def profile(options: argparse.Namespace, kind: str, ranks: int, folder: Path) -> dict:
     """One profile in fresh processes; ``fastsskd profile --json``'s answer."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command += ["-m", "fastsskd.cli", "profile", "--json", "--stage", kind, "--seconds", str(options.seconds)]
-    command += ["--config", str(options.config), "--ds_config", str(batch_file(options, ranks, folder))]
+    # The micro-batch stays, the batch grows.
+    batch = common.batch_file(folder, ranks * options.micro, options.ds_config)
+    command += ["--config", str(options.config), "--ds_config", str(batch)]
     for change in (f"data.manifest={options.manifest}", *options.set):
         command += ["--set", change]
     threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
-    if done.returncode:
-        raise SystemExit(f"{ranks} rank(s), {kind}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
-    return json.loads(done.stdout)
-
-
-def generate(folder: Path) -> Path:
-    """The quickstart's sounds, and their manifest."""
-    sounds, manifest = folder / "sounds", folder / "sounds.manifest"
-    made = [sys.executable, "-m", "fastsskd.sound_events", "--out", str(sounds)]
-    subprocess.run(made, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    index = [sys.executable, "-m", "fastsskd.cli", "index", str(sounds), "--out", str(manifest)]
-    subprocess.run(index, check=True, stderr=subprocess.DEVNULL)
-    return manifest
+    return common.answer(f"{ranks} rank(s), {kind}", command, threads)
 
 
 def measure(options: argparse.Namespace, folder: Path) -> list[dict]:
@@ -173,7 +148,7 @@ def main() -> None:
     about = common.machine({name: version(name) for name in ("torch", "deepspeed")}, command)
     about |= {"on_gpu": on_gpu, "device": torch.cuda.get_device_name() if on_gpu else about["cpu"]}
     with tempfile.TemporaryDirectory() as folder:
-        options.manifest = (options.manifest or generate(Path(folder))).absolute()
+        options.manifest = (options.manifest or common.sounds(Path(folder))).absolute()
         rows = measure(options, Path(folder))
     write(rows, about | {"samples_on_an_idle_machine": str(options.watch)}, options.out)
 

@@ -15,10 +15,8 @@ and 13.2 x.
 """
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -32,8 +30,7 @@ from step_models import save_ast
 
 from fastsskd.sound_synthesis import CLASSES
 
-HERE = Path(__file__).parent
-RESULTS, LAUNCH = HERE / "results", HERE.parent / "launch"
+RESULTS, LAUNCH = Path(__file__).parent / "results", common.LAUNCH
 RATE, SECONDS = 44_100, 10.0
 CLIPS = 96
 BATCH = 16
@@ -82,30 +79,23 @@ def make_clips(folder: Path, count: int) -> dict[bool, Path]:
         (folder / "ogg" / name).mkdir(parents=True, exist_ok=True)
         soundfile.write(folder / "ogg" / name / f"{number:03d}.ogg", clip, RATE, format="OGG", subtype="VORBIS")
     manifest = folder / "ogg.manifest"
-    _fastsskd("index", folder / "ogg", "--out", manifest)
-    _fastsskd("pack", manifest, "--out", folder / "packed")
+    common.fastsskd("index", folder / "ogg", "--out", manifest)
+    common.fastsskd("pack", manifest, "--out", folder / "packed")
     return {False: manifest, True: folder / "packed" / "packed.manifest"}
-
-
-def _fastsskd(*words: object) -> None:
-    subprocess.run([sys.executable, "-m", "fastsskd.cli", *map(str, words)], check=True, stderr=subprocess.DEVNULL)
 
 
 def profile(situation: Situation, manifest: Path, fields: list[str], folder: Path, seconds: float) -> dict:
     """`fastsskd profile --try --json` of the situation, in a fresh process."""
-    tree = json.loads((LAUNCH / "ds_config.json").read_text(encoding="utf-8"))
-    del tree["tensorboard"]
-    tree |= {"train_batch_size": BATCH}
-    settings = folder / "ds.json"
-    settings.write_text(json.dumps(tree), encoding="utf-8")
     command = [sys.executable, "-m", "fastsskd.cli", "profile", "--try", "--json", "--stage", situation.stage]
-    command += ["--config", str(LAUNCH / "configs" / "quickstart.toml"), "--ds_config", str(settings)]
+    command += [
+        "--config",
+        str(LAUNCH / "configs" / "quickstart.toml"),
+        "--ds_config",
+        str(common.batch_file(folder, BATCH)),
+    ]
     command += ["--manifest", str(manifest), "--seconds", str(seconds)]
     command += [word for field in fields for word in ("--set", field)]
-    done = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"} | os.environ)
-    if done.returncode:
-        raise SystemExit(f"{situation.name}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
-    return json.loads(done.stdout)
+    return common.answer(situation.name, command, {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
 
 
 def row_of(situation: Situation, samples: list[dict]) -> dict:
