@@ -2,10 +2,10 @@
 
     python benchmarks/plan_check.py                # two sizes of model, two batches each; 10 minutes a round
 
-For every case: `fastsskd plan --gpu this` times a few steps in micro-batches of a quarter and a half of the case's, and
-predicts; then `deepspeed launch/train.py` trains Multi-SSL, labels and distillation, as users run it. Speed is the
-median over the run's own log intervals, memory the largest resident size of a rank. Plan and run are repeated in turn,
-and medians compared. Results go to ``benchmarks/results/plan.{json,md}``.
+For every case: `fastsskd plan --gpu this` times a few steps in micro-batches of the case's size and of half of it (on a
+card a half and a quarter), and predicts; then `deepspeed launch/train.py` trains Multi-SSL, labels and distillation, as
+users run it. Speed is the median over the run's own log intervals, memory the largest resident size of a rank. Plan and
+run are repeated in turn, and medians compared. Results go to ``benchmarks/results/plan.{json,md}``.
 
 Last result, 2026-11-23: in one round speeds within 30 %, eleven of twelve within 23; memory within 15 %.
 """
@@ -106,8 +106,9 @@ def write(rows: list[dict], about: dict, out: Path) -> None:
     verdicts = [common.verdict(f"{name}: largest error", value, "<=", GOAL, "%") for name, value in worst.items()]
     lines = ["# Plan against run", "", common.machine_line(about), ""]
     lines += [
-        "`fastsskd plan --gpu this` times micro-batches of a quarter and a half of the batch; then the same files are "
-        "trained on by `deepspeed launch/train.py`, one rank, 5 s clips, the quickstart's generated sounds.",
+        "`fastsskd plan --gpu this` times micro-batches of a half and the whole of the batch (a card: a quarter and a "
+        "half); then the same files are trained on by `deepspeed launch/train.py`, one rank, 5 s clips, the "
+        "quickstart's generated sounds.",
         "",
         *common.verdict_lines(verdicts),
         "",

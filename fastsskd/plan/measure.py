@@ -66,7 +66,8 @@ def measure(
 
     Args:
         work: the stages. classes: of the head. teachers: sizes of models of ours, for the distill stage.
-        micro: clips of the micro-batch that will be planned: a quarter and a half of it are measured.
+        micro: clips of the micro-batch that will be planned: a half and the whole of it are measured; on a card, whose
+            memory the whole may not fit into, a quarter and a half.
     """
     on_gpu = torch.cuda.is_available()
     distributed.start("cuda" if on_gpu else "cpu")
@@ -76,7 +77,8 @@ def measure(
     setting = _Setting(config, tree, classes, multi_label, device)
     loader = None if clips is None else loader_seconds(clips, config, device)
     most = _LARGEST if on_gpu or work[next(iter(work))].parameters.model < _BIG else _SLOW
-    large = max(min(micro // 2, most), 2)
+    # A clip of a larger micro-batch costs less: where memory is no question, the size itself is timed.
+    large = max(min(micro // 2 if on_gpu else micro, most), 2)
     stages, held, spread = {}, 0.0, 0.0
     for kind, stage in work.items():
         own_teachers = teachers if kind == "distill" else ()
