@@ -98,6 +98,12 @@ def found(tmp_path):
     return kfold.summary(runs), runs
 
 
+def test_the_summary_holds_no_path_of_the_machine(found):
+    """It can be moved with its runs, and be published."""
+    summary, runs = found
+    assert [run["folder"] for run in summary["runs"]] == [folder.name for _, folder in runs.values()]
+
+
 def test_means_and_spreads_by_hand(found):
     row = found[0]["rows"]["iter1-distill"]
     own = row["accuracy"]

@@ -342,7 +342,7 @@ def make_folds(out: Path) -> Path:
         folder = out / f"fold{fold}-seed0"
         score_file.save(folder / "scores/iter1-distill.npz", half)
         skipped = {"clip99": "silent"} if fold == 1 else {}
-        runs.append({"fold": fold, "seed": 0, "folder": str(folder), "num_train": 10, "skipped": skipped})
+        runs.append({"fold": fold, "seed": 0, "folder": folder.name, "num_train": 10, "skipped": skipped})
     spread = {"mean": 0.5, "std_folds": 0.125, "std_seeds": None, "folds": {"1": 0.375, "2": 0.625}}
     row = {"accuracy": spread, "mAP": spread, "AUC": None, "pooled": {"accuracy": 0.4375, "mAP": None}}
     row |= {"num_clips": 20, "num_classes": 3}

@@ -118,7 +118,7 @@ def summary(runs: dict[tuple[int, int], tuple[dict[str, Any], Path]]) -> dict[st
         each metric the ``mean`` over all runs, ``std_folds`` and ``std_seeds`` (of the folds' means over seeds, and
         of the seeds' means over folds; n - 1 below the line; None of one), and each fold's and seed's mean;
         ``pooled``, the metrics of all folds' clips as one set, mean over seeds; ``num_clips``, ``num_classes`` of that
-        set. ``runs``: each run's own metrics, folder and clips left out.
+        set. ``runs``: each run's own metrics, the name of its folder, and clips left out.
     """
     folds, seeds = (sorted({key[side] for key in runs}) for side in (0, 1))
     metrics = {key: metrics_by_stage(result) for key, (result, _) in runs.items()}
@@ -134,7 +134,7 @@ def summary(runs: dict[tuple[int, int], tuple[dict[str, Any], Path]]) -> dict[st
         {
             "fold": fold,
             "seed": seed,
-            "folder": str(folder),
+            "folder": folder.name,
             "metrics": {name: _short(own) for name, own in metrics[fold, seed].items()},
             "num_train": result["num_train"],
             "skipped": result["skipped"],

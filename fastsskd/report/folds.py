@@ -86,7 +86,7 @@ def _runs(found: dict[str, Any]) -> str:
 def _pooled(path: Path, found: dict[str, Any], stage: str) -> ClipScores | None:
     """Scores of all folds' clips, each by the model that was not trained on it, of the first seed; None if not kept."""
     seed = found["seeds"][0]
-    folders = [path / Path(run["folder"]).name for run in found["runs"] if run["seed"] == seed]
+    folders = [path / run["folder"] for run in found["runs"] if run["seed"] == seed]
     files = [score_file.of_stage(folder, stage) for folder in folders]
     try:
         return score_file.pooled([score_file.load(file) for file in files])
