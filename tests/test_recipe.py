@@ -31,7 +31,7 @@ def test_a_run_leaves_what_the_interface_promises(finished):
     assert (out / "plots/iter1-ssl-views.png").exists()
     assert result["status"] == "complete" and result["seed"] == 0 and result["versions"]["torch"]
     assert [iteration["iteration"] for iteration in result["iterations"]] == [1, 2]
-    assert result["num_train"] == 32 and result["num_eval"] == 8 and result["skipped"] == {}
+    assert result["num_ssl"] == result["num_train"] == 32 and result["num_eval"] == 8 and result["skipped"] == {}
     for iteration in result["iterations"]:
         assert iteration["metrics"]["num_clips"] == 8
         eight = {f"{term}_{view}" for term in ("restore", "mse", "kl", "contrast") for view in ("intra", "inter")}

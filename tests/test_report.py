@@ -154,7 +154,7 @@ def test_a_complete_run_shows_all_it_has(tmp_path):
     for name in ("Effective rank", "variance explained", "find their own pair", "Gradient norm", "Learning rate"):
         assert name in text
     assert found.tags.count("img") == 4 and "after epoch 2" in text  # two of each Multi-SSL stage
-    assert "240 clips to train on, 30 to evaluate on" in text and "complete" in found.texts
+    assert "240 training clips, 30 for evaluation" in text and "complete" in found.texts
     assert found.row("seed")[1] == "7" and found.row("torch")[1] == "2.11"
     assert f"--config {run}/config.toml" in text and "on 2 rank(s)" in text
     assert "None were found." in text and found.row("run.seed")[1] == "7"

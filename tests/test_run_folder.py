@@ -10,7 +10,7 @@ from matplotlib.image import imsave
 
 from fastsskd import config, ds_config
 from fastsskd.engine import Log, StagePlan
-from fastsskd.run_folder import RunFolder, read_metrics
+from fastsskd.run_folder import RunFolder, clip_counts, read_metrics
 
 PLAN = StagePlan("iter1-ssl", 500, 10, 10, 1e-3, "cosine", 1, 0, 10)
 STEP = {"loss": 2.0, "restore_inter": 0.4, "variance_inter": 0.8, "positions_inter": 1.2}
@@ -20,9 +20,17 @@ FEATURES = {"effective_rank": 9.0, "rank_limit": 23.0, "feature_spread": 0.5}
 
 def claimed(out: Path, deepspeed: dict | None = None) -> RunFolder:
     folder = RunFolder(config.from_dict({"run": {"out": str(out)}}), resume=False)
-    folder.begin({"iter1-ssl": 500}, deepspeed or {}, 8, 2)
+    folder.begin({"iter1-ssl": 500}, deepspeed or {}, {"num_ssl": 8, "num_train": 8, "num_eval": 2})
     folder.begin_stage("iter1-ssl", 0)
     return folder
+
+
+@pytest.mark.parametrize(
+    ("num_ssl", "text"), [(None, "8 training clips,"), (8, "8 training clips,"), (90, "clips (90 for Multi-SSL),")]
+)
+def test_clips_of_multi_ssl_are_named_where_they_are_others(num_ssl, text):
+    named = clip_counts({"num_ssl": num_ssl, "num_train": 8, "num_eval": 2})
+    assert text in named and named.endswith(" 2 for evaluation") and ("Multi-SSL" in named) == (num_ssl == 90)
 
 
 def log(step: int, **metrics: float) -> Log:

@@ -17,7 +17,7 @@ from fastsskd.evaluation import score_file
 from fastsskd.evaluation.confusion import confusion_matrix, most_confused
 from fastsskd.evaluation.score_file import ClipScores
 from fastsskd.health import Watch
-from fastsskd.run_folder import BAD_STEPS, METRICS, PROGRESS, RESULT, read_lines, read_metrics
+from fastsskd.run_folder import BAD_STEPS, COUNTS, METRICS, PROGRESS, RESULT, read_lines, read_metrics
 
 HARDEST = 20
 """Clips that are shown as the hardest."""
@@ -75,8 +75,7 @@ class RunData:
     deepspeed: dict[str, Any]
     skipped: dict[str, str]
     bad_steps: list[dict[str, Any]]
-    num_train: int | None = None
-    num_eval: int | None = None
+    counts: dict[str, int | None]
     unreadable: list[str] = field(default_factory=list)
 
     @property
@@ -114,8 +113,7 @@ def read_run(path: str | Path) -> RunData:
         deepspeed=deepspeed,
         skipped=_skipped(path, result, progress),
         bad_steps=read_lines(path / BAD_STEPS),
-        num_train=progress.get("num_train"),
-        num_eval=progress.get("num_eval"),
+        counts={name: progress.get(name) for name in COUNTS},
         unreadable=unreadable,
     )
 
@@ -265,8 +263,7 @@ def numbers(run: RunData) -> dict[str, Any]:
         "run": str(run.path),
         "status": run.status,
         "reason": run.reason,
-        "num_train": run.num_train,
-        "num_eval": run.num_eval,
+        **run.counts,
         "stages": [
             {
                 "name": stage.name,

@@ -14,6 +14,7 @@ from fastsskd.report.data import RunData, StageData, duration
 from fastsskd.report.html import details, document, note, section, table
 from fastsskd.report.reference import Reference, differences
 from fastsskd.report.scores import classes, mistakes
+from fastsskd.run_folder import clip_counts
 
 MAX_PICTURES = 4
 """Of a stage; the rest stay in the run's folder."""
@@ -51,8 +52,8 @@ def _head(run: RunData) -> str:
 
 def _facts(run: RunData) -> list[str]:
     facts = []
-    if run.num_train is not None:
-        facts.append(f"{run.num_train} clips to train on, {run.num_eval} to evaluate on")
+    if run.counts["num_train"] is not None:
+        facts.append(clip_counts(run.counts))
     if "size" in run.settings.get("model", {}):
         seconds = run.settings.get("data", {}).get("seconds")
         facts.append(f"model {run.settings['model']['size']}, crops of {seconds} s")

@@ -36,7 +36,7 @@ def settings_of(run: RunData) -> dict[str, Any]:
     found = {f"{section}.{key}": value for section in SECTIONS for key, value in run.settings.get(section, {}).items()}
     found["data.seconds"] = run.settings.get("data", {}).get("seconds")
     found["train_batch_size"] = run.deepspeed.get("train_batch_size")
-    found["training clips"] = run.num_train
+    found["Multi-SSL clips"], found["training clips"] = run.counts["num_ssl"], run.counts["num_train"]
     return found
 
 

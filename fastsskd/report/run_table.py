@@ -10,7 +10,7 @@ from fastsskd.errors import InputError
 from fastsskd.health import VIEWS
 from fastsskd.report.data import read_run
 from fastsskd.report.page import page
-from fastsskd.run_folder import read_metrics
+from fastsskd.run_folder import clip_counts, read_metrics
 from fastsskd.text_table import aligned
 
 PAGE = "report.html"
@@ -63,8 +63,7 @@ def table(path: Path, result: dict[str, Any]) -> str:
     healths = [(name, _health(stage["health"])) for name, stage in named if stage.get("health")]
     if healths:
         text += ["Health of Multi-SSL, last epoch:", *aligned(healths), ""]
-    counts = f"{result['num_train']} training clips, {result['num_eval']} for evaluation"
-    text.append(f"{counts}{_chance(result['metrics'])}; see {path}/result.json")
+    text.append(f"{clip_counts(result)}{_chance(result['metrics'])}; see {path}/result.json")
     return "\n".join(text + _skipped(path, result["skipped"]))
 
 
