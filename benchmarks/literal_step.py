@@ -1,10 +1,10 @@
 """The step of the paper's pseudo code, taken literally, and each of its differences from ours by itself."""
 
-import unittest.mock
-
+import timm.layers
 import torch
 from torch import Tensor, nn
 
+from fastsskd.attention import Attention
 from fastsskd.batch import Batch
 from fastsskd.pretrain import Pretrain
 from fastsskd.views import Views
@@ -72,13 +72,9 @@ class Plain:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-class ForcedAttention(nn.Module):
-    """A module whose blocks have fused attention, or plain matrix products, whatever is faster here."""
-
-    def __init__(self, module: nn.Module, fused: bool):
-        super().__init__()
-        self.module, self.fused = module, fused
-
-    def forward(self, batch: Batch) -> tuple[Tensor, dict]:
-        with unittest.mock.patch("fastsskd.model.fused_attention", lambda device, dtype: self.fused):
-            return self.module(batch)
+def with_timm_attention(module: Pretrain, fused: bool) -> Pretrain:
+    """The module with timm's attention in its blocks: torch's fused one, or plain matrix products."""
+    for part in module.modules():
+        if isinstance(part, Attention):
+            part.__class__, part.fused_attn = timm.layers.Attention, fused
+    return module

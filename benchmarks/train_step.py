@@ -5,9 +5,10 @@
 
 The literal pseudo code: three eager float32 passes of the AFT, all with gradients, and an MAE module that sees masked
 tokens too. Ours: the step that training runs, through DeepSpeed. Then ours again with one lever at a time taken back or
-tried and not taken. Rows are timed in turn, round after round; a cell is the median. Model FLOPs are counted by
-``fastsskd.flops`` (tests/test_flops.py holds that against torch's own count) and divided by the rate of large matrix
-products measured in the same run: that is the utilisation. The labelled step follows, alone and under AST and BEATs of
+tried and not taken. Each step of a row is timed right beside one of ours: "against ours" is the median of those pairs,
+so a machine whose speed comes and goes changes both sides. Model FLOPs are counted by ``fastsskd.flops``
+(tests/test_flops.py holds that against torch's own count) and divided by the rate of large matrix products measured
+right before the step: that is the utilisation. The labelled step follows, alone and under AST and BEATs of
 their published sizes: what share of it is the teacher's. Results go to ``benchmarks/results/train_step.{json,md}``.
 
 Last result, 2026-11-22: on two CPU cores 3.9 x the pseudo code at base size, 73 % of the measured bf16 peak.
@@ -26,14 +27,14 @@ from pathlib import Path
 import common
 import deepspeed
 import torch
-from literal_step import ForcedAttention, Literal, MaskedTokensToo, Plain, ThreePasses
+from literal_step import Literal, MaskedTokensToo, Plain, ThreePasses, with_timm_attention
 from step_models import CLASSES, beats, save_ast, student
 
 import fastsskd_kernels as kernels
 from fastsskd import distributed, flops
 from fastsskd.batch import Batch
 from fastsskd.config import LossConfig, MaskConfig, OptimConfig, StageConfig
-from fastsskd.model import build_model, fused_attention
+from fastsskd.model import build_model
 from fastsskd.patches import num_input_frames
 from fastsskd.pretrain import Pretrain
 from fastsskd.schedule import build_optimizer
@@ -42,6 +43,7 @@ from fastsskd.teachers import load_teacher
 RESULTS = Path(__file__).parent / "results"
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
+LITERAL = "literal pseudo code, float32"
 
 
 class Setting:
@@ -76,10 +78,10 @@ class Setting:
         """Name -> what makes the engine; first the two that the requirement is about."""
 
         def literal() -> object:
-            return Plain(ForcedAttention(self.module(Literal, raw_gradient=True), fused=False), DEVICE)
+            return Plain(with_timm_attention(self.module(Literal, raw_gradient=True), fused=False), DEVICE)
 
-        def other_attention() -> object:
-            return self.engine(ForcedAttention(self.module(), fused=not fused))
+        def attention(fused: bool) -> object:
+            return self.engine(with_timm_attention(self.module(), fused))
 
         def compiled() -> object:
             module = self.module()
@@ -87,18 +89,18 @@ class Setting:
                 module.model.blocks[i] = torch.compile(block)
             return self.engine(module)
 
-        fused = fused_attention(DEVICE, torch.bfloat16 if self.precision == "bf16" else torch.float16)
         rows = {
-            "literal pseudo code, float32": literal,
+            LITERAL: literal,
             "ours": lambda: self.engine(self.module()),
             "raw view with gradient": lambda: self.engine(self.module(raw_gradient=True)),
             "masked views in two passes": lambda: self.engine(self.module(ThreePasses)),
             "MAE module on all tokens": lambda: self.engine(self.module(MaskedTokensToo)),
-            "attention not fused" if fused else "fused attention": other_attention,
+            "attention in plain matrix products": lambda: attention(fused=False),
+            **({} if GPU else {"torch's fused attention": lambda: attention(fused=True)}),
             "float32": lambda: self.engine(self.module(), precision="fp32"),
             "activation checkpointing": lambda: self.engine(self.module(checkpointing=True)),
             "+ torch.compile of the blocks": compiled,
-            "+ fused AdamW": lambda: self.engine(self.module(), fused=True, foreach=False),
+            "AdamW not fused": lambda: self.engine(self.module(), fused=False),
         }
         return rows if self.args.levers else dict(list(rows.items())[:2])
 
@@ -165,96 +167,133 @@ def host_waits(engine: object, batch: Batch) -> int | None:
     return sum(event.count for event in profile.key_averages() if event.key in waits)
 
 
+class Rows:
+    """Times rows of the table. Each step is timed beside one of ``reference``: what the machine does meanwhile,
+    it does to both.
+
+    Args:
+        args: of the command.
+        dtype: 16-bit type whose matrix products are the peak.
+
+    Attributes:
+        float32_peaks: FLOP/s, one of each row.
+    """
+
+    def __init__(self, args: argparse.Namespace, dtype: torch.dtype):
+        self.args, self.dtype = args, dtype
+        self.watch = common.IdleWatch(args.patience)
+        self.float32_peaks: list[float] = []
+
+    def time(
+        self, name: str, make: Callable[[], object], batch: Batch, reference: tuple[object, dict] | None = None
+    ) -> tuple[object, dict]:
+        """An engine and its row: seconds of each step, the peak measured before it and, where there is a
+        ``reference``, an engine and its row, how many times as long as its step it took. The steps of the reference
+        are added to its row. On a GPU the memory that the row took."""
+        row: dict = {"seconds": [], "peaks": [], "times_reference": []}
+        engine, before = None, 0
+        if GPU:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        try:
+            engine = make()
+            one_step(engine, batch)  # allocations, compilation
+            if GPU:
+                row["peak_gigabytes"] = round((torch.cuda.max_memory_allocated() - before) / 1e9, 2)
+            self.float32_peaks.append(matrix_peak(torch.float32))
+            for _ in range(self.args.rounds):
+                other = None if reference is None else self._sample(*reference, batch)
+                took = self._sample(engine, row, batch)
+                row["times_reference"] += [] if other is None else [took / other]
+        except (RuntimeError, ValueError) as error:  # no room, or not possible here: said in the table
+            row["failed"] = str(error).splitlines()[0][:120]
+        print(name, row, flush=True)
+        return engine, row
+
+    def _sample(self, engine: object, row: dict, batch: Batch) -> float:
+        self.watch.wait()
+        row["peaks"].append(matrix_peak(self.dtype))
+        row["seconds"].append(seconds_of(lambda: one_step(engine, batch)))
+        return row["seconds"][-1]
+
+    def all(self, makers: dict[str, Callable[[], object]], batch: Batch, reference: str) -> dict[str, dict]:
+        """The rows of the table, each but ``reference`` beside it."""
+        first = self.time(reference, makers[reference], batch)
+        if "failed" in first[1]:
+            raise SystemExit(f"{reference}: {first[1]['failed']}")
+        first[1]["host_waits_in_3_steps"] = host_waits(first[0], batch)
+        found = {reference: first[1]}
+        for name, make in makers.items():
+            if name != reference:
+                found[name] = self.time(name, make, batch, first)[1]  # its engine goes before the next one comes
+                gc.collect()
+                if GPU:
+                    torch.cuda.empty_cache()
+        return {name: found[name] for name in makers}
+
+
 def measure(args: argparse.Namespace) -> dict:
-    setting, batch, watch = Setting(args), make_batch(args.batch, args.seconds), common.IdleWatch(args.patience)
-    peaks: dict[str, list[float]] = {"bf16": [], "fp32": []}
-    found = {name: time_row(name, make, batch, args, watch, peaks) for name, make in setting.rows().items()}
-    labelled = {}
+    setting, batch = Setting(args), make_batch(args.batch, args.seconds)
+    rows = Rows(args, torch.float16 if args.fp16 else torch.bfloat16)
+    found, labelled = rows.all(setting.rows(), batch, "ours"), {}
+    gc.collect()
     if args.teachers:
         # Hundreds of classes, several to a clip, as in AudioSet.
         several = replace(batch, label=torch.nn.functional.one_hot(batch.label, len(CLASSES)).float())
         with tempfile.TemporaryDirectory() as folder:
-            for name, make in labelled_rows(setting, Path(folder)).items():
-                labelled[name] = time_row(name, make, several, args, watch, peaks)
-    return report(args, found, labelled, {name: statistics.median(values) for name, values in peaks.items()}, watch)
+            labelled = rows.all(labelled_rows(setting, Path(folder)), several, "labels only")
+    return report(args, found, labelled, rows)
 
 
-def time_row(
-    name: str,
-    make: Callable[[], object],
-    batch: Batch,
-    args: argparse.Namespace,
-    watch: common.IdleWatch,
-    peaks: dict[str, list[float]],
-) -> dict:
-    """Seconds of each step of one row, between measurements of the matrix products' peak; on a GPU also its memory."""
-    row: dict = {"seconds": []}
-    if GPU:
-        torch.cuda.reset_peak_memory_stats()
-    watch.wait()
-    try:
-        engine = make()
-        one_step(engine, batch)  # allocations, compilation
-        for _ in range(args.rounds):
-            peaks["bf16"].append(matrix_peak(torch.bfloat16))
-            peaks["fp32"].append(matrix_peak(torch.float32))
-            watch.wait()
-            row["seconds"].append(seconds_of(lambda: one_step(engine, batch)))
-        if name == "ours":
-            row["host_waits_in_3_steps"] = host_waits(engine, batch)
-    except (RuntimeError, ValueError) as error:  # no room, or not possible here: said in the table
-        row["failed"] = str(error).splitlines()[0][:120]
-    if GPU:
-        row["peak_gigabytes"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-    engine = None
-    gc.collect()
-    if GPU:
-        torch.cuda.empty_cache()
-    print(name, row, flush=True)
-    return row
-
-
-def report(
-    args: argparse.Namespace, found: dict, labelled: dict, peaks: dict[str, float], watch: common.IdleWatch
-) -> dict:
+def report(args: argparse.Namespace, found: dict, labelled: dict, rows: Rows) -> dict:
     counted = flops.pretrain_step(args.size, args.seconds)
-    work = counted.total * args.batch
-    for row in labelled.values():
-        if row["seconds"]:
-            row["median_s"] = statistics.median(row["seconds"])
-            alone = labelled["labels only"].get("median_s")
-            row["share_of_teacher"] = None if alone is None else max(1.0 - alone / row["median_s"], 0.0)
-    for row in found.values():
+    for row in (*found.values(), *labelled.values()):
         if row["seconds"]:
             row["median_s"] = statistics.median(row["seconds"])
             row["clips_per_second"] = args.batch / row["median_s"]
-            row["utilisation"] = work / row["median_s"] / peaks["bf16"]
-    ours, literal = found["ours"], found["literal pseudo code, float32"]
+        if row["times_reference"]:
+            row["ratio"] = statistics.median(row["times_reference"])
+    for row in found.values():
+        pairs = zip(row["seconds"], row["peaks"], strict=False)  # a row that failed has a peak more
+        shares = [counted.total * args.batch / seconds / peak for seconds, peak in pairs]
+        row["utilisation"] = statistics.median(shares) if shares else None
+    for row in labelled.values():
+        row["share_of_teacher"] = max(1.0 - 1.0 / row.get("ratio", 1.0), 0.0)
+    ours, literal = found["ours"], found[LITERAL]
     verdicts = []
-    if "median_s" in literal:
-        gain = literal["median_s"] / ours["median_s"]
-        verdicts.append(common.verdict("ours against the literal pseudo code", gain, ">=", 5.0, "x"))
+    if "ratio" in literal:
+        verdicts.append(common.verdict("ours against the literal pseudo code", literal["ratio"], ">=", 5.0, "x"))
     share = 100 * ours["utilisation"]
     verdicts.append(common.verdict("model FLOPs of the measured 16-bit matrix peak", share, ">=", 50.0, "%"))
     versions = {name: version(name) for name in ("torch", "deepspeed", "timm")}
     command = f"python benchmarks/train_step.py --size {args.size} --batch {args.batch} --rounds {args.rounds}"
-    about = common.machine(versions, command) | {"samples_on_an_idle_machine": str(watch)}
-    about["device"] = torch.cuda.get_device_name() if GPU else "CPU"
+    about = common.machine(versions, command) | {"samples_on_an_idle_machine": str(rows.watch)}
+    about["device"] = torch.cuda.get_device_name() if GPU else f"CPU, {matrix_units()}"
     parts = {name: getattr(counted, name) / 1e9 for name in ("raw", "intra", "inter", "mae", "decoder")}
+    peaks = [peak for row in found.values() for peak in row["peaks"]]
     return {
         "machine": about,
         "size": args.size,
         "batch": args.batch,
         "gigaflops_per_clip": {**parts, "total": counted.total / 1e9},
-        "peaks_teraflops": {name: value / 1e12 for name, value in peaks.items()},
+        "peaks_teraflops": {
+            "fp16" if args.fp16 else "bf16": statistics.median(peaks) / 1e12,
+            "fp32": statistics.median(rows.float32_peaks) / 1e12,
+        },
         "rows": found,
         "labelled": labelled,
         "verdicts": verdicts,
     }
 
 
+def matrix_units() -> str:
+    """Whether the processor has units for bf16 matrices."""
+    flags = Path("/proc/cpuinfo")
+    return "with AMX" if flags.exists() and "amx_bf16" in flags.read_text() else "without AMX"
+
+
 def write(result: dict, out: Path) -> None:
-    about, parts, ours = result["machine"], result["gigaflops_per_clip"], result["rows"]["ours"]["median_s"]
+    about, parts = result["machine"], result["gigaflops_per_clip"]
     lines = ["# Training step", "", common.machine_line(about), "", f"Device: {about['device']}.", ""]
     lines += [
         f"One Multi-SSL step of the {result['size']} model, batch {result['batch']}, clips in memory. Matrix products "
@@ -266,16 +305,18 @@ def write(result: dict, out: Path) -> None:
         "",
         *common.verdict_lines(result["verdicts"]),
         "",
-        "| | s a step | clips/s | against ours | utilisation | peak GB |",
-        "|---|---|---|---|---|---|",
+        "| | s a step | clips/s | against ours | its range | utilisation | peak GB |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, row in result["rows"].items():
         if "median_s" not in row:
-            lines.append(f"| {name} | {row.get('failed', 'not measured')} | | | | |")
+            lines.append(f"| {name} | {row.get('failed', 'not measured')} | | | | | |")
             continue
+        pairs = row["times_reference"]
         lines.append(
-            f"| {name} | {row['median_s']:.3g} | {row['clips_per_second']:.3g} | {row['median_s'] / ours:.2f} | "
-            f"{100 * row['utilisation']:.0f} % | {row.get('peak_gigabytes', '')} |"
+            f"| {name} | {row['median_s']:.3g} | {row['clips_per_second']:.3g} | {row.get('ratio', 1.0):.2f} | "
+            f"{f'{min(pairs):.2f}-{max(pairs):.2f}' if pairs else ''} | {100 * row['utilisation']:.0f} % | "
+            f"{row.get('peak_gigabytes', '')} |"
         )
     lines += labelled_lines(result)
     waits = result["rows"]["ours"].get("host_waits_in_3_steps")
@@ -304,7 +345,7 @@ def main() -> None:
     parser.add_argument("--size", default="base")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each row, each beside one of ours")
     parser.add_argument("--fp16", action="store_true", help="as on a V100, instead of bf16")
     parser.add_argument("--smoke", action="store_true", help="teachers of one block, to see that everything runs")
     parser.add_argument("--no-levers", dest="levers", action="store_false", help="only ours and the literal one")

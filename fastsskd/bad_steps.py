@@ -7,12 +7,12 @@ DeepSpeed's optimizer tells. Stage 0 tests nothing; :class:`SkippingAdamW` does 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsskd import distributed
 from fastsskd.batch import Batch
@@ -37,12 +37,41 @@ class SkippingAdamW(torch.optim.AdamW):
             super().step(closure)
 
 
+class GradientWatch:
+    """Sums of each clip's gradient where the spectrogram enters the model: they tell whose is not finite.
+
+    A gradient that is not finite is so from where it arose back to the model's input, and there it is one clip's still;
+    in the weights it is everybody's. A sum is one pass over a tensor that was just written, and nothing waits for it.
+
+    Args:
+        layer: the first one that a batch meets, of ``(B, N, ...)``; each of its outputs that has a graph is watched.
+    """
+
+    def __init__(self, layer: nn.Module):
+        self._sums: list[Tensor] = []
+        layer.register_forward_hook(self._watch)
+
+    def _watch(self, layer: nn.Module, inputs: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(self._add)
+
+    def _add(self, gradient: Tensor) -> None:
+        self._sums.append(gradient.flatten(1).sum(dim=1, dtype=torch.float32))
+
+    def take(self) -> list[Tensor]:
+        """``(B,)`` of each view of the micro-batch whose backward pass is done."""
+        sums, self._sums = self._sums, []
+        return sums
+
+
 class Forward(NamedTuple):
-    """A micro-batch that was trained on: its values, ``loss`` among them, and its weight in the step's mean."""
+    """A micro-batch that was trained on: its values, ``loss`` among them, its weight in the step's mean, and what
+    :class:`GradientWatch` saw of its clips."""
 
     batch: Batch
     values: dict[str, Tensor]
     weight: float
+    gradients: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -53,22 +82,27 @@ class BadStep:
         step: its number in the stage, from 1.
         in_a_row: skipped steps so far without a good one between.
         limit: of those.
-        suspects: ``rank``, ``loss`` and ``keys`` of the micro-batches whose loss is not finite; of all of them when
-            every loss is, and only a gradient was not.
+        suspects: ``rank``, ``loss`` and ``keys`` of the micro-batches whose loss is not finite; when every loss is, and
+            only a gradient was not, of those with such clips, and these clips' keys; of all of them when none is known.
+        gradient: ``suspects`` are clips whose own gradient is not finite.
     """
 
     step: int
     in_a_row: int
     limit: int
     suspects: list[dict[str, Any]]
+    gradient: bool = False
 
     def __str__(self) -> str:
         first = self.suspects[0]
-        if math.isfinite(first["loss"]):
+        ranks = ", ".join(map(str, sorted({suspect["rank"] for suspect in self.suspects})))
+        if self.gradient:
+            clips = sum(len(suspect["keys"]) for suspect in self.suspects)
+            what = f"the gradient of {clips} clip(s) of rank {ranks} is not finite, though every rank's loss is"
+        elif math.isfinite(first["loss"]):
             what = "a gradient is not finite, though every rank's loss is"
         else:
-            ranks = sorted({suspect["rank"] for suspect in self.suspects})
-            what = f"the loss of rank {', '.join(map(str, ranks))} is {first['loss']}"
+            what = f"the loss of rank {ranks} is {first['loss']}"
         return f"{what} (in a row: {self.in_a_row}, limit: optim.max_bad_steps = {self.limit})"
 
 
@@ -97,21 +131,30 @@ class BadSteps:
         if not (forwards and getattr(optimizer, "overflow", False)):
             self.in_a_row = 0
             return forwards
-        suspects = _suspects(forwards)
-        everyone = [suspect for rank in distributed.gather_objects(suspects) for suspect in rank]
-        guilty = [suspect for suspect in everyone if not math.isfinite(suspect["loss"])]
+        losses = [float(forward.values["loss"]) for forward in forwards]
+        own = [_suspect(forward, loss) for forward, loss in zip(forwards, losses, strict=True)]
+        everyone = [suspect for rank in distributed.gather_objects(own) for suspect in rank]
+        guilty = [whole for whole, _ in everyone if not math.isfinite(whole["loss"])]
         if not guilty and getattr(optimizer, "dynamic_loss_scale", False):
             return forwards  # fp16 looking for its loss scale
         self.in_a_row += 1
-        bad = BadStep(step, self.in_a_row, self.limit, guilty or everyone)
+        steep = [] if guilty else [part for _, part in everyone if part["keys"]]
+        suspects = guilty or steep or [whole for whole, _ in everyone]
+        bad = BadStep(step, self.in_a_row, self.limit, suspects, gradient=bool(steep))
         self.report(bad)
         if self.in_a_row >= self.limit:
             raise SharedError(
                 f"{self.name}: gave up at step {step}: {bad}; look at the clips in bad_steps.jsonl, lower the learning "
                 "rate, or use bf16 or fp32; --resume continues from the last checkpoint"
             )
-        return [f for f, suspect in zip(forwards, suspects, strict=True) if math.isfinite(suspect["loss"])]
+        return [forward for forward, loss in zip(forwards, losses, strict=True) if math.isfinite(loss)]
 
 
-def _suspects(forwards: list[Forward]) -> list[dict[str, Any]]:
-    return [{"rank": distributed.rank(), "loss": float(f.values["loss"]), "keys": list(f.batch.key)} for f in forwards]
+def _suspect(forward: Forward, loss: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A micro-batch with all its clips; and with those alone whose own gradient is not finite in one of the views."""
+    keys, bad = list(forward.batch.key), torch.zeros(len(forward.batch), dtype=torch.bool)
+    for sums in forward.gradients:
+        bad |= ~sums.isfinite().cpu()
+    steep = [key for key, is_bad in zip(keys, bad.tolist(), strict=True) if is_bad]
+    whole = {"rank": distributed.rank(), "loss": loss, "keys": keys}
+    return whole, {**whole, "keys": steep}

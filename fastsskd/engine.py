@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastsskd import distributed
 from fastsskd.alive import Launcher
-from fastsskd.bad_steps import BadStep, BadSteps, Forward
+from fastsskd.bad_steps import BadStep, BadSteps, Forward, GradientWatch
 from fastsskd.batch import Batch
 from fastsskd.errors import SharedError
 from fastsskd.loader import Loader
@@ -110,6 +110,7 @@ def train_stage(
     on_log: Callable[[Log], None] = lambda log: None,
     on_step: Callable[[int, bool], None] = lambda step, stopping: None,
     on_bad: Callable[[BadStep], None] = lambda bad: None,
+    watch: GradientWatch | None = None,
 ) -> None:
     """Train from ``start_step`` to the end of the stage.
 
@@ -120,6 +121,7 @@ def train_stage(
         on_log: called every ``plan.log_every`` steps.
         on_step: called after each optimizer step with the number done and whether the run is stopping; saves.
         on_bad: called with each step that was skipped because something was not finite.
+        watch: tells which clips' gradients were not.
 
     Raises:
         Stopped: after ``on_step`` of the step at which all ranks agreed to stop.
@@ -138,7 +140,7 @@ def train_stage(
         weights, clips, stopping = _agree(micro_batches, stop is not None and stop.set)
         used = [(batch, weight) for batch, weight in zip(micro_batches, weights, strict=True) if weight > 0]
         prepared = prepare([batch for batch, _ in used]) if used else []
-        forwards = _step(engine, prepared, [weight for _, weight in used], plan.accumulation)
+        forwards = _step(engine, prepared, [weight for _, weight in used], plan.accumulation, watch)
         meter.add(bad_steps.after(step + 1, forwards, engine.optimizer), clips)
         if meter.due(step + 1) or step + 1 == plan.total_steps or stopping:
             on_log(meter.log(step + 1, lr, _grad_norm(engine)))
@@ -170,7 +172,9 @@ def _agree(micro_batches: list[Batch], stop: bool) -> tuple[list[float], int, bo
     return weights, total, any(numbers[-1] for numbers in ranks)
 
 
-def _step(engine: Any, batches: list[Batch], weights: list[float], accumulation: int) -> list[Forward]:
+def _step(
+    engine: Any, batches: list[Batch], weights: list[float], accumulation: int, watch: GradientWatch | None
+) -> list[Forward]:
     """Forward and backward of the micro-batches that have clips on every rank, then the optimizer."""
     forwards = []
     for number, (batch, weight) in enumerate(zip(batches, weights, strict=True), 1):
@@ -180,7 +184,8 @@ def _step(engine: Any, batches: list[Batch], weights: list[float], accumulation:
         # 0 x loss is 0, or NaN if the loss is not finite; then the gradients are too, and every rank skips the step.
         engine.backward(loss * (0.0 * loss.detach() + weight))
         _optimize(engine)
-        forwards.append(Forward(batch, {"loss": loss.detach(), **metrics}, weight / accumulation))
+        values = {"loss": loss.detach(), **metrics}
+        forwards.append(Forward(batch, values, weight / accumulation, watch.take() if watch else ()))
     return forwards
 
 

@@ -185,7 +185,7 @@ def averages(engine: Any) -> tuple[list[Tensor], list[Tensor]]:
 def _prepare_moments(engine: Any, steps: int | None) -> None:
     """Make the moments, which AdamW makes only in its first step, and set its count of ``steps`` if given."""
     adam, held = _held(engine)
-    on_device = adam.defaults.get("fused") or adam.defaults.get("capturable")
+    on_device = any(group.get("fused") or group.get("capturable") for group in adam.param_groups)
     for p in held:
         state = adam.state[p]
         if not state:

@@ -14,7 +14,7 @@ import torch
 
 from fastsskd import checkpoint, distributed, ds_config, engine_state, health, peak, weights
 from fastsskd.alive import Watchdog
-from fastsskd.bad_steps import BadStep
+from fastsskd.bad_steps import BadStep, GradientWatch
 from fastsskd.config import Config
 from fastsskd.datasets import open_data
 from fastsskd.engine import Log, StagePlan, StopFlag, Stopped, train_stage
@@ -183,15 +183,14 @@ class Recipe:
                 engine.train()
             if self._draws_after(stage, plan, step):
                 self._draw(stage, step, f"-epoch{epoch:03d}", current(), engine.monitor)
-            every = self.config.run.checkpoint_every
-            due = every and step % every == 0 and step < plan.total_steps
             # Not in the midst of bad steps: a resume goes back to before them.
-            if stopping or (due and step != last_bad):
+            if stopping or (self._saves_after(plan, step) and step != last_bad):
                 self._save(stage, engine, step, loader, selection)
             self.watchdog.beat()
 
         on_log = functools.partial(self._log, stage, plan, module, engine.monitor)
         hooks = {"stop": self.stop, "on_log": on_log, "on_step": on_step, "on_bad": on_bad}
+        hooks["watch"] = GradientWatch(module.model.patch_embed)
         try:
             with self.watchdog if distributed.world_size() > 1 else contextlib.nullcontext():
                 train_stage(engine, loader, plan, start_step=start, prepare=self.parts.ahead(engine), **hooks)
@@ -214,6 +213,11 @@ class Recipe:
     def _log(self, stage: Stage, plan: StagePlan, module: torch.nn.Module, monitor: Any, log: Log) -> None:
         features = health.of_features(module.pooled) if stage.kind == "ssl" else {}
         self.folder.log(stage.name, plan, log, monitor, features)
+
+    def _saves_after(self, plan: StagePlan, step: int) -> bool:
+        """Whether a checkpoint is due; at a stage's end its model is written instead."""
+        every = self.config.run.checkpoint_every
+        return every > 0 and step % every == 0 and step < plan.total_steps
 
     def _draws_after(self, stage: Stage, plan: StagePlan, step: int) -> bool:
         """Whether a picture is due in the midst of a stage: ``run.pictures_every``."""

@@ -20,7 +20,9 @@ def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float, s
     return 0.5 * peak * (1.0 + math.cos(math.pi * done))
 
 
-def build_optimizer(module: nn.Module, stage: StageConfig, optim: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(
+    module: nn.Module, stage: StageConfig, optim: OptimConfig, adamw: type[torch.optim.AdamW] = torch.optim.AdamW
+) -> torch.optim.AdamW:
     """AdamW over the module's trainable parameters, one group for each (layer, decay or not).
 
     Each group has ``lr_scale``, by which the learning rate of a step is multiplied: ``layer_decay`` to the power of the
@@ -40,7 +42,8 @@ def build_optimizer(module: nn.Module, stage: StageConfig, optim: OptimConfig) -
         decay = optim.weight_decay if decays else 0.0
         group = groups.setdefault(key, {"params": [], "lr_scale": key[0], "weight_decay": decay})
         group["params"].append(parameter)
-    return torch.optim.AdamW(list(groups.values()), lr=stage.lr, betas=optim.betas)
+    # Fused: one pass over the weights, where its parts make several, with tensors of the weights' size between them.
+    return adamw(list(groups.values()), lr=stage.lr, betas=optim.betas, fused=True)
 
 
 def _layer(name: str) -> tuple[str, int]:

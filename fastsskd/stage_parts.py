@@ -202,9 +202,8 @@ class StageParts:
         """DeepSpeed's engine around ``module``; ``resolved`` is what :func:`fastsskd.ds_config.resolve` gave."""
         import deepspeed
 
-        optimizer = build_optimizer(module, self.settings(stage), self.config.optim)
-        if ds_config.zero_stage(self.deepspeed_config) == 0:
-            optimizer = SkippingAdamW(optimizer.param_groups)
+        kind = torch.optim.AdamW if ds_config.zero_stage(self.deepspeed_config) else SkippingAdamW
+        optimizer = build_optimizer(module, self.settings(stage), self.config.optim, kind)
         return deepspeed.initialize(model=module.to(self.device), optimizer=optimizer, config=resolved)[0]
 
     def info(self) -> weights.ModelInfo:

@@ -6,13 +6,14 @@ import math
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from fastsskd import distributed, engine
-from fastsskd.bad_steps import SkippingAdamW
+from fastsskd.bad_steps import GradientWatch, SkippingAdamW
 from fastsskd.engine import Log, StagePlan, StopFlag, Stopped, train_stage
 from fastsskd.errors import InputError
 from fastsskd.schedule import learning_rate
@@ -432,6 +433,42 @@ def test_a_gradient_that_is_not_finite_makes_all_clips_suspect():
     assert only.step == 2 and only.suspects[0]["keys"] == ["clip1", "clip2"]
     assert "a gradient is not finite, though every rank's loss is" in str(only)
     assert math.isfinite(logs[1].metrics["loss"])
+
+
+class Inner(torch.nn.Module):
+    """A layer that a batch meets first, in two views, the second of which has no graph; what follows is squared."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(2, 3)
+
+    def forward(self, x, exponent):
+        with torch.no_grad():
+            self.first(x)
+        # The root of a zero has a finite value and an infinite slope.
+        return (self.first(x).square().sum(dim=2) * 0).pow(exponent).sum() + self.first(x).sum()
+
+
+def test_a_watch_tells_the_clips_whose_gradients_are_not_finite():
+    inner = Inner()
+    watch = GradientWatch(inner.first)
+    exponent = torch.tensor([2.0, 0.5, 2.0, 0.5])[:, None]
+    inner(torch.randn(4, 5, 2), exponent).backward()
+    assert not inner.first.weight.grad.isfinite().any()
+    sums = watch.take()
+    assert [own.isfinite().tolist() for own in sums] == [[True] * 4, [True, False, True, False]]
+    assert torch.equal(sums[0], torch.full((4,), 15.0))
+    assert watch.take() == []
+
+
+def test_a_gradient_that_is_not_finite_is_blamed_on_its_clips():
+    own, bad = SkippingEngine([]), []
+    own.module.weight.register_hook(lambda gradient: gradient * (float("inf") if len(own.seen) == 2 else 1.0))
+    seen = SimpleNamespace(take=lambda: [torch.ones(own.seen[-1]), torch.tensor([1.0, float("nan")])[-own.seen[-1] :]])
+    train(own, [[0], [1, 2], [3]], plan(3), on_bad=bad.append, watch=seen)
+    (only,) = bad
+    assert only.step == 2 and [suspect["keys"] for suspect in only.suspects] == [["clip2"]]
+    assert str(only).startswith("the gradient of 1 clip(s) of rank 0 is not finite, though every rank's loss is")
 
 
 def test_only_bad_steps_in_a_row_end_the_run():

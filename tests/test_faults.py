@@ -325,6 +325,24 @@ def test_a_nan_on_one_rank(training, tones, tmp_path, ds):
     assert after[0] == after[1] and len(after[0]) == 5
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("kind", ["ssl", "distill"])
+def test_a_gradient_that_is_nan_is_blamed_on_its_clip(training, tones, tmp_path, stage, kind):
+    """Every loss is finite, and the gradients of the weights are NaN on both ranks alike."""
+    out, passes = tmp_path / "run", {"ssl": 2, "distill": 1}[kind]  # of the AFT in a step; the raw view's comes first
+    spoiled = harm("nan gradient", "fastsskd.model.ACM.aft", 3 * passes)
+    options = {**OPTIONS, "recipe__stages": f'["{kind}"]', f"{kind}__epochs": 2, "run__checkpoint_every": 0}
+    lines, result, printed = training.run(
+        out, tones, ranks=2, harm=spoiled, ds={"zero_optimization": {"stage": stage}}, **options
+    )
+    assert result["status"] == "complete"
+    (bad,) = [json.loads(line) for line in (out / "bad_steps.jsonl").read_text().splitlines()]
+    assert (bad["step"], bad["rank"], len(bad["keys"])) == (3, 1, 1) and float(bad["loss"]) > 0
+    assert "the gradient of 1 clip(s) of rank 1 is not finite, though every rank's loss is" in printed
+    assert f"bad_steps.jsonl: {bad['keys'][0]}\n" in printed
+    assert all(line["loss"] > 0 for line in lines)
+
+
 def test_too_many_nans_in_a_row(training, tones, tmp_path, whole, resume):
     out = tmp_path / "run"
     run = training.start(out, tones, ranks=2, harm=harm("nan", LOSS, *range(10, 17)), optim__max_bad_steps=4, **OPTIONS)

@@ -216,9 +216,8 @@ def _engine(setting: _Setting, kind: str, teachers: tuple[str, ...], micro: int)
     tree, module = setting.tree, _module(setting, kind, teachers, micro)
     own = {k: v for k, v in tree.items() if k not in ("train_micro_batch_size_per_gpu", "tensorboard", "wandb")}
     own |= {"train_batch_size": micro, "gradient_accumulation_steps": 1}
-    optimizer = build_optimizer(module, setting.config.ssl, setting.config.optim)
-    if ds_config.zero_stage(tree) == 0:
-        optimizer = SkippingAdamW(optimizer.param_groups)
+    kind = torch.optim.AdamW if ds_config.zero_stage(tree) else SkippingAdamW
+    optimizer = build_optimizer(module, setting.config.ssl, setting.config.optim, kind)
     resolved = ds_config.resolve(own, 1, Path())
     engine, *_ = deepspeed.initialize(model=module.to(setting.device), optimizer=optimizer, config=resolved)
     engine.train()
