@@ -7,8 +7,8 @@ The literal pseudo code: three eager float32 passes of the AFT, all with gradien
 tokens too. Ours: the step that training runs, through DeepSpeed. Then ours again with one lever at a time taken back or
 tried and not taken. Each step of a row is timed right beside one of ours: "against ours" is the median of those pairs,
 so a machine whose speed comes and goes changes both sides. Model FLOPs are counted by ``fastsskd.flops``
-(tests/test_flops.py holds that against torch's own count) and divided by the rate of large matrix products measured
-right before the step: that is the utilisation. The labelled step follows, alone and under AST and BEATs of
+(tests/test_flops.py holds that against torch's own count) and divided by the rate of large matrix products right before
+and after each step: that is the utilisation. The labelled step follows, alone and under AST and BEATs of
 their published sizes: what share of it is the teacher's. Results go to ``benchmarks/results/train_step.{json,md}``.
 
 Last result, 2026-11-22: on two CPU cores 3.9 x the pseudo code at base size, 73 % of the measured bf16 peak.
@@ -147,12 +147,12 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def matrix_peak(dtype: torch.dtype) -> float:
-    """FLOP/s of the best of some large matrix products."""
-    best = 0.0
+    """FLOP/s of the best of some large matrix products, the mean over its repetitions."""
+    best, times = 0.0, 30 if GPU else 8
     for m, k, n in ((4096, 768, 3072), (4096, 3072, 768), (2048, 2048, 2048), (8192, 8192, 8192))[: 4 if GPU else 3]:
         a, b = torch.randn(m, k, device=DEVICE, dtype=dtype), torch.randn(k, n, device=DEVICE, dtype=dtype)
-        times = [seconds_of(lambda a=a, b=b: a @ b) for _ in range(30 if GPU else 8)]
-        best = max(best, 2.0 * m * k * n / min(times))
+        seconds_of(lambda a=a, b=b: a @ b)
+        best = max(best, times * 2.0 * m * k * n / sum(seconds_of(lambda a=a, b=b: a @ b) for _ in range(times)))
     return best
 
 
@@ -187,7 +187,7 @@ class Rows:
     def time(
         self, name: str, make: Callable[[], object], batch: Batch, reference: tuple[object, dict] | None = None
     ) -> tuple[object, dict]:
-        """An engine and its row: seconds of each step, the peak measured before it and, where there is a
+        """An engine and its row: seconds of each step, the peak measured around it and, where there is a
         ``reference``, an engine and its row, how many times as long as its step it took. The steps of the reference
         are added to its row. On a GPU the memory that the row took."""
         row: dict = {"seconds": [], "peaks": [], "times_reference": []}
@@ -212,9 +212,11 @@ class Rows:
 
     def _sample(self, engine: object, row: dict, batch: Batch) -> float:
         self.watch.wait()
-        row["peaks"].append(matrix_peak(self.dtype))
-        row["seconds"].append(seconds_of(lambda: one_step(engine, batch)))
-        return row["seconds"][-1]
+        before = matrix_peak(self.dtype)
+        took = seconds_of(lambda: one_step(engine, batch))
+        row["seconds"].append(took)
+        row["peaks"].append((before + matrix_peak(self.dtype)) / 2)
+        return took
 
     def all(self, makers: dict[str, Callable[[], object]], batch: Batch, reference: str) -> dict[str, dict]:
         """The rows of the table, each but ``reference`` beside it."""
@@ -254,9 +256,10 @@ def report(args: argparse.Namespace, found: dict, labelled: dict, rows: Rows) ->
         if row["times_reference"]:
             row["ratio"] = statistics.median(row["times_reference"])
     for row in found.values():
-        pairs = zip(row["seconds"], row["peaks"], strict=False)  # a row that failed has a peak more
-        shares = [counted.total * args.batch / seconds / peak for seconds, peak in pairs]
-        row["utilisation"] = statistics.median(shares) if shares else None
+        if row["seconds"]:
+            # Of means: where the peak comes and goes within a step, neither end of it tells the step's own.
+            work = counted.total * args.batch
+            row["utilisation"] = work / statistics.mean(row["seconds"]) / statistics.mean(row["peaks"])
     for row in labelled.values():
         row["share_of_teacher"] = max(1.0 - 1.0 / row.get("ratio", 1.0), 0.0)
     ours, literal = found["ours"], found[LITERAL]
