@@ -1,5 +1,7 @@
 """The step of the paper's pseudo code, taken literally, and each of its differences from ours by itself."""
 
+import unittest.mock
+
 import timm.layers
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,14 @@ class ThreePasses(Pretrain):
         return self.model.features_inter(raw_patches, views.ids_keep)
 
 
+class AtOnce(Pretrain):
+    """All clips pass the AFT together, on a CPU too."""
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict]:
+        with unittest.mock.patch("fastsskd.model.AT_A_TIME", 1 << 62):
+            return super().forward(batch)
+
+
 class MaskedTokensToo(Pretrain):
     """Masked places hold the mask token before the MAE module, which then sees all N tokens."""
 
@@ -47,8 +57,8 @@ class MaskedTokensToo(Pretrain):
         return tokens + model.mae.expand(model.mae.norm(x))
 
 
-class Literal(ThreePasses, MaskedTokensToo):
-    """Both."""
+class Literal(AtOnce, ThreePasses, MaskedTokensToo):
+    """All three."""
 
     def _inter(self, views: Views, raw_patches: Tensor) -> Tensor:
         return self.model.aft(self._all_tokens(views, raw_patches))

@@ -80,5 +80,5 @@ def _split(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _scaled(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """q divided by the root of its width, k and v, ``(B H, N, d)`` each."""
-    q, k, v = (x.flatten(0, 1) for x in _split(qkv, heads))
+    q, k, v = (x.flatten(0, 1).contiguous() for x in _split(qkv, heads))  # of one clip flatten makes no copy, bmm would
     return q * q.shape[-1] ** -0.5, k, v

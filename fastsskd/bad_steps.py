@@ -154,7 +154,7 @@ def _suspect(forward: Forward, loss: float) -> tuple[dict[str, Any], dict[str, A
     """A micro-batch with all its clips; and with those alone whose own gradient is not finite in one of the views."""
     keys, bad = list(forward.batch.key), torch.zeros(len(forward.batch), dtype=torch.bool)
     for sums in forward.gradients:
-        bad |= ~sums.isfinite().cpu()
+        bad |= ~sums.view(-1, len(keys)).isfinite().all(dim=0).cpu()  # of all its clones
     steep = [key for key, is_bad in zip(keys, bad.tolist(), strict=True) if is_bad]
     whole = {"rank": distributed.rank(), "loss": loss, "keys": keys}
     return whole, {**whole, "keys": steep}

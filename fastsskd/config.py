@@ -84,6 +84,12 @@ class MaskConfig:
         0.75, "inter view: share of the patches masked (Table 3: 0.45 to 0.85)", low=0.01, high=0.99
     )
     inter_sampling: str = _option("hog", "hog = Formula 1's weights, uniform = plain MAE", choices=("hog", "uniform"))
+    clones: int = _option(
+        1,
+        "masked views of each kind for each clip, which share its raw view's pass (data2vec 2.0, EAT)",
+        low=1,
+        high=64,
+    )
     hog_form: str = _option(
         "gaussian", "gaussian = exp(-(x-mu)^2/sigma^2); printed = Formula 1 as printed", choices=("gaussian", "printed")
     )

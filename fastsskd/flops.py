@@ -55,9 +55,14 @@ def num_tokens(seconds: float) -> int:
 
 
 def pretrain_step(
-    size: str | Size, seconds: float = 10.0, *, inter_ratio: float = 0.75, raw_gradient: bool = False
+    size: str | Size,
+    seconds: float = 10.0,
+    *,
+    inter_ratio: float = 0.75,
+    raw_gradient: bool = False,
+    clones: int = 1,
 ) -> StepFlops:
-    """One clip's share of a Multi-SSL step.
+    """One clip's share of a Multi-SSL step, with so many ``clones`` of its masked views.
 
     A backward pass costs twice its forward pass, but for the first layer, which needs no gradient of the spectrogram.
     """
@@ -69,10 +74,10 @@ def pretrain_step(
     mae += linear(visible, dim, size.mae_dim) + linear(visible, size.mae_dim, dim)
     return StepFlops(
         raw=2 * embed + 3 * aft if raw_gradient else embed + aft,
-        intra=2 * embed + 3 * aft,
-        inter=2 * embed + 3 * aft,
-        mae=3 * mae,
-        decoder=2 * 3 * decoder(n, dim),
+        intra=clones * (2 * embed + 3 * aft),
+        inter=clones * (2 * embed + 3 * aft),
+        mae=clones * 3 * mae,
+        decoder=clones * 2 * 3 * decoder(n, dim),
     )
 
 

@@ -74,8 +74,11 @@ def contrast(pred: Tensor, raw: Tensor, temperature: float, slots: int | None = 
     return info_nce(*contrast_logits(pred, gather_keys([raw], slots)[0], temperature))
 
 
-def contrast_logits(pred: Tensor, keys: Keys, temperature: float) -> tuple[Tensor, Tensor]:
+def contrast_logits(pred: Tensor, keys: Keys, temperature: float, clips: int | None = None) -> tuple[Tensor, Tensor]:
     """``C(pred_b, raw_k) / tau`` of ``(B, D)`` AVG-pooled features with the global batch's.
+
+    Args:
+        clips: how many clips the B rows are of, if they are several rounds of the same ones.
 
     Returns:
         ``(B, K)``, ``-inf`` where a rank has no clip; and ``(B,)``, the column of each clip's own pair.
@@ -83,7 +86,8 @@ def contrast_logits(pred: Tensor, keys: Keys, temperature: float) -> tuple[Tenso
     logits = F.normalize(pred.float(), dim=-1) @ keys.rows.T / temperature
     if keys.valid is not None:
         logits = logits.masked_fill(~keys.valid, float("-inf"))
-    return logits, torch.arange(pred.shape[0], device=pred.device) + keys.first
+    own = torch.arange(pred.shape[0], device=pred.device)
+    return logits, (own if clips is None else own % clips) + keys.first
 
 
 def info_nce(logits: Tensor, own: Tensor) -> Tensor:

@@ -53,7 +53,8 @@ def clip_flops(config: Config, kind: str, classes: int, teacher: Any = None) -> 
     """Operations of a clip in a step of a stage of ``kind``; a teacher of another project counts as a base-size one."""
     seconds, head = config.data.seconds, {"frozen": config.distill.frozen, "pooling": config.model.pooling}
     if kind == "ssl":
-        options = {"inter_ratio": config.mask.inter_ratio, "raw_gradient": config.loss.raw_gradient}
+        mask = config.mask
+        options = {"inter_ratio": mask.inter_ratio, "clones": mask.clones, "raw_gradient": config.loss.raw_gradient}
         return flops.pretrain_step(config.model.size, seconds, **options).total
     total = flops.distill_step(config.model.size, classes, seconds, **head).total
     for member in teacher.members if isinstance(teacher, Ensemble) else [teacher]:

@@ -104,13 +104,14 @@ class Pretrain(nn.Module):
         return self.model.features(patches.to(self.model.patch_embed.weight.dtype))
 
     def _features(self, views: Views, raw: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Features of the three views, ``(B, N, D)`` each; the raw view is a target and needs no graph."""
+        """Features of the three views, ``(B, N, D)`` each, the raw one's without clones: it is a target and needs no
+        graph."""
         model = self.model
         dtype = model.patch_embed.weight.dtype
         raw_patches = views.raw.to(dtype)
         if raw is None:
             with contextlib.nullcontext() if self.loss.raw_gradient else torch.no_grad():
-                raw = self._raw(raw_patches)
+                raw = self._raw(raw_patches[: len(raw_patches) // self.mask.clones])
         tokens_intra = model.embed(views.intra.to(dtype))
         tokens_inter = model.mae(model.embed(raw_patches), model.pos_embed, views.ids_keep)
         # One pass for both: the same numbers from half as many, larger, matrix products.
@@ -121,14 +122,15 @@ class Pretrain(nn.Module):
         self, views: Views, raw: Tensor, intra: Tensor, inter: Tensor, keys: losses.Keys | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The terms of Formula 10 that are switched on, and the health of their views."""
-        loss = self.loss
+        loss, clips = self.loss, len(raw)
         terms, seen = {}, {}
+        if keys is None and loss.contrasts:
+            keys = losses.gather_keys([raw.mean(dim=1)], self.slots)[0]
+        raw = raw.repeat(self.mask.clones, 1, 1) if self.mask.clones > 1 else raw
         target = views.raw
         if loss.restore_target == "res_raw":
             with contextlib.nullcontext() if loss.raw_gradient else torch.no_grad():
                 target = self.model.decode(raw)
-        if keys is None and loss.contrasts:
-            keys = losses.gather_keys([raw.mean(dim=1)], self.slots)[0]
         weight = views.weight if loss.hog_weight else None
         masks = {"intra": views.intra_mask, "inter": views.inter_mask.unsqueeze(-1).expand_as(views.intra_mask)}
         for name, features in (("intra", intra), ("inter", inter)):
@@ -141,7 +143,7 @@ class Pretrain(nn.Module):
             if getattr(loss, f"kl_{name}"):
                 terms[f"kl_{name}"] = losses.feature_kl(features, raw)
             if getattr(loss, f"contrast_{name}"):
-                logits, own = losses.contrast_logits(features.mean(dim=1), keys, loss.tau)
+                logits, own = losses.contrast_logits(features.mean(dim=1), keys, loss.tau, clips)
                 terms[f"contrast_{name}"] = losses.info_nce(logits, own)
                 seen[f"contrast_accuracy_{name}"] = health.contrast_accuracy(logits.detach(), own)
                 seen["contrast_chance"] = health.contrast_chance(logits.detach())

@@ -5,7 +5,7 @@ Masks depend on each clip's seed alone, so they are the same on any number of ra
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,10 +15,13 @@ from fastsskd.batch import Batch
 from fastsskd.config import MaskConfig
 from fastsskd.patches import PATCH, patchify
 
+_CLONES_STREAM = 130  # random stream
+
 
 @dataclass(frozen=True)
 class Views:
-    """What pre-training sees of ``B`` clips of ``N`` patches with ``P`` = 256 pixels.
+    """What pre-training sees of ``B`` clips of ``N`` patches with ``P`` = 256 pixels; with ``mask.clones``, all clips
+    are there that many times, one round after the other, and ``B`` is so many times theirs.
 
     Attributes:
         raw: ``(B, N, P)`` pixels of the unmasked patches.
@@ -59,8 +62,23 @@ def draw_masks(batch: Batch, config: MaskConfig) -> tuple[Tensor, Tensor, Tensor
     return weight, inter_mask, intra_mask
 
 
+def cloned(batch: Batch, number: int) -> Batch:
+    """The clips ``number`` times, one round after the other; from the second on with seeds drawn from their own."""
+    if number == 1:
+        return batch
+    others = kernels.random_bits(batch.seed, number - 1, stream=_CLONES_STREAM)
+    return replace(
+        batch,
+        fbank=batch.fbank.repeat(number, 1, 1),
+        hog=batch.hog.repeat(number, 1),
+        key=batch.key * number,
+        seed=torch.cat([batch.seed[None], others.T]).flatten(),
+    )
+
+
 def make_views(batch: Batch, config: MaskConfig) -> Views:
     """Build the views of a batch; no gradient, no waiting for the device."""
+    batch = cloned(batch, config.clones)
     weight, inter_mask, intra_mask = draw_masks(batch, config)
     raw, masked = patchify(batch.fbank), patchify(intra_mask)
     # Every clip masks the same number of patches, so the count is known without asking the device.

@@ -14,7 +14,7 @@ from fastsskd_kernels.flac import FLAC_PADDING, decode_flac
 from fastsskd_kernels.hog import hog, hog_patch_mean
 from fastsskd_kernels.kaldi import num_frames
 from fastsskd_kernels.masks import inter_patch_mask, intra_patch_mask, patch_weight
-from fastsskd_kernels.random import derive_seed, derive_seeds, uniform
+from fastsskd_kernels.random import derive_seed, derive_seeds, random_bits, uniform
 from fastsskd_kernels.resample import crop_inputs_range, resample_crop_or_loop, resample_table, resampled_length
 from fastsskd_kernels.resample_torch import CropInputs, crop_inputs, has_device_form, resample_on_device
 from fastsskd_kernels.wav import wav_features, wav_memory
@@ -42,6 +42,7 @@ __all__ = [
     "pad_frames",
     "padded_frames",
     "patch_weight",
+    "random_bits",
     "resample_crop_or_loop",
     "resample_on_device",
     "resample_table",

@@ -24,11 +24,12 @@ def counted(module, batch):
 
 @pytest.mark.parametrize("size", ["nano", "mini", "micro"])
 @pytest.mark.parametrize("raw_gradient", [False, True])
-def test_a_pretraining_step(make_model, make_batch, size, raw_gradient):
+@pytest.mark.parametrize("clones", [1, 3])
+def test_a_pretraining_step(make_model, make_batch, size, raw_gradient, clones):
     torch.manual_seed(0)
     loss = LossConfig(raw_gradient=raw_gradient, contrast_intra=False, contrast_inter=False)
-    module = Pretrain(make_model(size), loss, MaskConfig())
-    expected = flops.pretrain_step(size, SECONDS, raw_gradient=raw_gradient)
+    module = Pretrain(make_model(size), loss, MaskConfig(clones=clones))
+    expected = flops.pretrain_step(size, SECONDS, raw_gradient=raw_gradient, clones=clones)
     # With the raw view's gradient the embedding is shared with the inter view, whose backward pass is then its too.
     assert counted(module, make_batch()) == pytest.approx(expected.total, rel=0.02)
     assert expected.total == sum((expected.raw, expected.intra, expected.inter, expected.mae, expected.decoder))

@@ -61,9 +61,10 @@ LOSSES = [
 def test_activations(make_model, make_batch, size, clips, dtype, checkpointing, monkeypatch):
     monkeypatch.setattr("fastsskd.attention.AT_A_TIME", 0)  # as of a larger model: no probabilities are kept
     batch, options = make_batch(range(clips)), {"activation_checkpointing": checkpointing}
-    for loss in LOSSES:
-        module = Pretrain(make_model(size, **options), loss, MaskConfig()).to(dtype)
-        counted = plan_memory.pretrain_bytes(SIZES[size], SECONDS, TYPES[dtype], loss, checkpointing=checkpointing)
+    for loss, clones in [(loss, 1) for loss in LOSSES] + [(LOSSES[0], 2), (LOSSES[1], 2)]:
+        module = Pretrain(make_model(size, **options), loss, MaskConfig(clones=clones)).to(dtype)
+        how = {"checkpointing": checkpointing, "clones": clones}
+        counted = plan_memory.pretrain_bytes(SIZES[size], SECONDS, TYPES[dtype], loss, **how)
         assert clips * counted == pytest.approx(saved(module, batch), rel=0.08)
     module = make_distill(make_model(size, **options)).to(dtype)
     counted = plan_memory.distill_bytes(SIZES[size], SECONDS, TYPES[dtype], 4, checkpointing=checkpointing)

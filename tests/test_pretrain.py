@@ -9,7 +9,7 @@ import torch
 
 from fastsskd.config import LossConfig, MaskConfig
 from fastsskd.pretrain import Pretrain
-from fastsskd.views import make_views
+from fastsskd.views import cloned, make_views
 
 TERMS = [f"{kind}_{view}" for kind in ("restore", "mse", "kl", "contrast") for view in ("intra", "inter")]
 OFF = dict.fromkeys(TERMS, False)
@@ -63,6 +63,30 @@ def paper_terms(model, batch, loss: LossConfig) -> dict[str, torch.Tensor]:
         odds = (cosine / loss.tau).exp()
         terms[f"contrast_{name}"] = -(odds.diagonal() / odds.sum(1)).log().mean()
     return terms
+
+
+@pytest.mark.parametrize("raw_gradient", [False, True])
+@pytest.mark.parametrize("restore_target", ["spectrogram", "res_raw"])
+def test_clones_are_the_mean_over_as_many_masks(make_model, make_batch, raw_gradient, restore_target):
+    """Losses and gradients are those of a step for each round of masks, which have the raw view's pass in common."""
+    loss, batch, model = (
+        LossConfig(raw_gradient=raw_gradient, restore_target=restore_target),
+        make_batch(),
+        make_model(),
+    )
+    rounds = [dataclasses.replace(batch, seed=seed) for seed in cloned(batch, 3).seed.chunk(3)]
+    means = [Pretrain(model, loss, MASK)(own) for own in rounds]
+    (sum(total for total, _ in means) / 3).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    total, metrics = Pretrain(model, loss, dataclasses.replace(MASK, clones=3))(batch)
+    total.backward()
+    assert total.item() == pytest.approx(sum(total.item() for total, _ in means) / 3, rel=1e-5)
+    for name in (*TERMS, "feature_std", "contrast_accuracy_intra", "contrast_chance", "variance_inter"):
+        assert metrics[name].item() == pytest.approx(sum(m[name].item() for _, m in means) / 3, rel=1e-4), name
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, expected[name], rtol=1e-3, atol=1e-5)
 
 
 def paper_total(terms: dict[str, torch.Tensor], loss: LossConfig) -> torch.Tensor:

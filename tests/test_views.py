@@ -55,6 +55,21 @@ def test_a_clip_s_views_do_not_depend_on_the_clips_around_it(make_batch):
         assert torch.equal(value[2:3], getattr(alone, name)), name
 
 
+def test_clones_are_further_masks_of_the_same_clips(make_batch):
+    """The first round is that of no clones; a clip's others are its own as well, whatever is around it."""
+    views = make_views(make_batch(), MaskConfig(clones=3))
+    rounds = [{name: value[5 * i : 5 * i + 5] for name, value in fields(views).items()} for i in range(3)]
+    first, alone = fields(make_views(make_batch(), MaskConfig())), make_views(make_batch([2]), MaskConfig(clones=3))
+    for name, value in first.items():
+        assert len(getattr(views, name)) == 15 and torch.equal(rounds[0][name], value), name
+        assert torch.equal(getattr(views, name)[2::5], getattr(alone, name)), name
+    for name in ("raw", "weight"):
+        assert torch.equal(rounds[1][name], first[name]) and torch.equal(rounds[2][name], first[name])
+    for name in ("inter_mask", "intra_mask"):
+        for a, b in ((0, 1), (0, 2), (1, 2)):
+            assert all(not torch.equal(x, y) for x, y in zip(rounds[a][name], rounds[b][name], strict=True)), name
+
+
 def test_masks_come_from_the_seeds_and_the_patch_weights_alone(make_batch):
     batch, other = make_batch(), make_batch(range(10, 15))
     first = make_views(batch, MaskConfig())

@@ -124,9 +124,10 @@ def cost_from_flops(
     size, seconds = SIZES[config.model.size], config.data.seconds
     forward = [SIZES[teacher].depth for teacher in teachers]
     if kind == "ssl":
-        options = {"inter_ratio": config.mask.inter_ratio, "raw_gradient": config.loss.raw_gradient}
-        work, views = flops.pretrain_step(size, seconds, **options).total, 2 + config.loss.raw_gradient
-        forward += [] if config.loss.raw_gradient else [size.depth]
+        mask, raw_gradient = config.mask, config.loss.raw_gradient
+        options = {"inter_ratio": mask.inter_ratio, "clones": mask.clones, "raw_gradient": raw_gradient}
+        work, views = flops.pretrain_step(size, seconds, **options).total, 2 * mask.clones + raw_gradient
+        forward += [] if raw_gradient else [size.depth]
     else:
         head = {"frozen": config.distill.frozen, "pooling": config.model.pooling}
         work, views = flops.distill_step(size, classes, seconds, **head).total, int(not config.distill.frozen)

@@ -129,20 +129,21 @@ def pretrain_bytes(
     loss: LossConfig,
     *,
     inter_ratio: float = 0.75,
+    clones: int = 1,
     checkpointing: bool = False,
 ) -> float:
     """What a Multi-SSL step keeps for the backward pass, for each clip of the micro-batch."""
     n, dim = num_tokens(seconds), size.embed_dim
-    visible = n - round(inter_ratio * n)
-    passes = 3 if loss.raw_gradient else 2
+    visible = clones * (n - round(inter_ratio * n))
+    passes = 2 * clones + loss.raw_gradient
     kept = passes * n * PIXELS * element  # the patches, input of the embedding
-    if passes == 3:
+    if loss.raw_gradient:
         kept -= n * PIXELS * element  # the raw and the inter view embed the same patches
     kept += 2 * 8.0 * visible + visible * (2 * size.mae_dim + dim) * element  # indices; reduce, norm, expand
     kept += blocks_bytes(visible, size.mae_dim, size.mae_depth, size.mae_heads, element)
     kept += blocks_bytes(passes * n, dim, size.depth, size.num_heads, element, checkpointing)
     kept += passes * n * (dim + 2) * element  # input of the last norm
-    return kept + _losses_bytes(n, dim, element, loss)
+    return kept + clones * _losses_bytes(n, dim, element, loss)
 
 
 def _losses_bytes(n: int, dim: int, element: int, loss: LossConfig) -> float:
@@ -195,14 +196,16 @@ def stage_bytes(kind: str, config: Config, element: int, num_classes: int) -> tu
     """
     size, seconds = SIZES[config.model.size], config.data.seconds
     n, again = num_tokens(seconds), config.model.activation_checkpointing
-    passes = 2 + config.loss.raw_gradient if kind == "ssl" else 1
+    clones = config.mask.clones
+    passes = 2 * clones + config.loss.raw_gradient if kind == "ssl" else 1
     simam = simam_bytes(passes * n, size.embed_dim, size.depth) if config.model.attention == "simam" else 0.0
     simam_kept, simam_again = (0.0, simam / size.depth) if again else (simam, 0.0)
     if kind == "ssl":
-        ratio = config.mask.inter_ratio
-        kept = pretrain_bytes(size, seconds, element, config.loss, inter_ratio=ratio, checkpointing=again)
-        views = n * PIXELS * (2 * 4.0 + 2.0)  # raw and intra in float32, the intra mask before and after its cutting
-        return kept + simam_kept, workspace_bytes(size, 2 * n, element, again) + views + simam_again
+        masks = {"inter_ratio": config.mask.inter_ratio, "clones": clones}
+        kept = pretrain_bytes(size, seconds, element, config.loss, **masks, checkpointing=again)
+        # Raw and intra in float32, the intra mask before and after its cutting.
+        views = clones * n * PIXELS * (2 * 4.0 + 2.0)
+        return kept + simam_kept, workspace_bytes(size, 2 * clones * n, element, again) + views + simam_again
     frozen = config.distill.frozen
     options = {"checkpointing": again, "frozen": frozen, "pooling": config.model.pooling}
     kept = distill_bytes(size, seconds, element, num_classes, **options)
