@@ -26,7 +26,8 @@ import pyarrow as pa
 import soundfile
 import torch
 from step_models import CLASSES, SECONDS, save_ast, student
-from train_step import DEVICE, GPU, Setting, one_step, seconds_of
+from step_timing import DEVICE, GPU, one_step, seconds_of
+from train_step import Setting
 
 from fastsskd import distributed
 from fastsskd.answers import scores as stored_scores

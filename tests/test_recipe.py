@@ -143,6 +143,7 @@ def kinds(training, finished, tones, tmp_path_factory):
 
 AHEAD = {"distill__teacher_ahead": "true"}
 UNCLIPPED = {"unclipped": True}  # ZeRO-3 adds the norm up in another order, and its last digit scales all gradients
+CLONES = {"mask__clones": 2}
 RECOMPUTE = {"model__activation_checkpointing": "true"}
 
 
@@ -172,6 +173,7 @@ RECOMPUTE = {"model__activation_checkpointing": "true"}
         (((2, 2), {"accumulation": 2}), ((1, 1), {}), 1e-5),
         (((2, 3), {"accumulation": 2}), ((1, 1), {}), 1e-5),
         (((2, 3), {"accumulation": 2, **RECOMPUTE}), ((1, 1), {}), 1e-5),
+        (((2, 1), {"accumulation": 2, **CLONES}), ((1, 1), CLONES), 1e-5),
         # A teacher that hears all micro-batches of a step at once.
         (((1, 1), {"accumulation": 2, **AHEAD}), ((1, 1), {}), 1e-5),
         (((2, 2), {"accumulation": 2, **AHEAD}), ((1, 1), {}), 1e-5),
