@@ -2,11 +2,9 @@
 
 import unittest.mock
 
-import timm.layers
 import torch
 from torch import Tensor, nn
 
-from fastsskd.attention import Attention
 from fastsskd.batch import Batch
 from fastsskd.pretrain import Pretrain
 from fastsskd.views import Views
@@ -25,14 +23,6 @@ class ThreePasses(Pretrain):
 
     def _inter(self, views: Views, raw_patches: Tensor) -> Tensor:
         return self.model.features_inter(raw_patches, views.ids_keep)
-
-
-class AtOnce(Pretrain):
-    """All clips pass the AFT together, on a CPU too."""
-
-    def forward(self, batch: Batch) -> tuple[Tensor, dict]:
-        with unittest.mock.patch("fastsskd.model.AT_A_TIME", 1 << 62):
-            return super().forward(batch)
 
 
 class MaskedTokensToo(Pretrain):
@@ -57,8 +47,8 @@ class MaskedTokensToo(Pretrain):
         return tokens + model.mae.expand(model.mae.norm(x))
 
 
-class Literal(AtOnce, ThreePasses, MaskedTokensToo):
-    """All three."""
+class Literal(ThreePasses, MaskedTokensToo):
+    """Both."""
 
     def _inter(self, views: Views, raw_patches: Tensor) -> Tensor:
         return self.model.aft(self._all_tokens(views, raw_patches))
@@ -82,9 +72,13 @@ class Plain:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def with_timm_attention(module: Pretrain, fused: bool) -> Pretrain:
-    """The module with timm's attention in its blocks: torch's fused one, or plain matrix products."""
-    for part in module.modules():
-        if isinstance(part, Attention):
-            part.__class__, part.fused_attn = timm.layers.Attention, fused
-    return module
+class ForcedAttention(nn.Module):
+    """A module whose blocks have fused attention, or plain matrix products, whatever is faster here."""
+
+    def __init__(self, module: nn.Module, fused: bool):
+        super().__init__()
+        self.module, self.fused = module, fused
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict]:
+        with unittest.mock.patch("fastsskd.model.fused_attention", lambda device, dtype: self.fused):
+            return self.module(batch)

@@ -29,7 +29,7 @@ from pathlib import Path
 import common
 import deepspeed
 import torch
-from literal_step import AtOnce, Literal, MaskedTokensToo, Plain, ThreePasses, with_timm_attention
+from literal_step import ForcedAttention, Literal, MaskedTokensToo, Plain, ThreePasses
 from step_models import CLASSES, beats, save_ast, student
 from step_timing import DEVICE, GPU, Rows, matrix_units
 
@@ -37,7 +37,7 @@ import fastsskd_kernels as kernels
 from fastsskd import distributed, flops
 from fastsskd.batch import Batch
 from fastsskd.config import LossConfig, MaskConfig, OptimConfig, StageConfig
-from fastsskd.model import build_model
+from fastsskd.model import build_model, fused_attention
 from fastsskd.patches import num_input_frames
 from fastsskd.pretrain import Pretrain
 from fastsskd.schedule import build_optimizer
@@ -80,8 +80,8 @@ class Setting:
     def rows(self) -> dict[str, Callable[[], object]]:
         """Name -> what makes the engine; ours first."""
 
-        def attention(fused: bool) -> object:
-            return self.engine(with_timm_attention(self.module(), fused))
+        def other_attention() -> object:
+            return self.engine(ForcedAttention(self.module(), fused=not fused))
 
         def compiled() -> object:
             module = self.module()
@@ -89,14 +89,13 @@ class Setting:
                 module.model.blocks[i] = torch.compile(block)
             return self.engine(module)
 
+        fused = fused_attention(DEVICE, torch.bfloat16 if self.precision == "bf16" else torch.float16)
         rows = {
             "ours": lambda: self.engine(self.module()),
             "raw view with gradient": lambda: self.engine(self.module(raw_gradient=True)),
             "masked views in two passes": lambda: self.engine(self.module(ThreePasses)),
-            **({} if GPU else {"all clips through the AFT at once": lambda: self.engine(self.module(AtOnce))}),
             "MAE module on all tokens": lambda: self.engine(self.module(MaskedTokensToo)),
-            "attention in plain matrix products": lambda: attention(fused=False),
-            **({} if GPU else {"torch's fused attention": lambda: attention(fused=True)}),
+            "attention not fused" if fused else "fused attention": other_attention,
             "float32": lambda: self.engine(self.module(), precision="fp32"),
             "activation checkpointing": lambda: self.engine(self.module(checkpointing=True)),
             "+ torch.compile of the blocks": compiled,
@@ -106,7 +105,7 @@ class Setting:
         return rows if self.args.levers else {"ours": rows["ours"]}
 
     def literal(self) -> object:
-        return Plain(with_timm_attention(self.module(Literal, raw_gradient=True), fused=False), DEVICE)
+        return Plain(ForcedAttention(self.module(Literal, raw_gradient=True), fused=False), DEVICE)
 
 
 def labelled_rows(setting: Setting, folder: Path) -> dict[str, Callable[[], object]]:

@@ -14,7 +14,6 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastsskd.attention import Attention
 from fastsskd.errors import UsageError
 from fastsskd.patches import NUM_MEL_BINS, PATCH, num_input_frames, patchify
 from fastsskd.stochastic_depth import use_depth
@@ -44,9 +43,6 @@ SIZES = {
 
 ATTENTIONS = ("plain", "simam")
 """Of the AFT's blocks: as in ViT, or its output weighted by :func:`simam`; the weights are the same."""
-AT_A_TIME = 3 << 20
-"""Bytes of tokens that pass the AFT together on a CPU: four clips of 10 s of the base model in bf16. All 16 of a step
-with 8 clips take 1.3 times as long (benchmarks/train_step.py)."""
 POOLINGS = ("mean", "attentive")
 """Of the tokens, for the class head: their mean, or :class:`AttentivePool`."""
 
@@ -55,8 +51,22 @@ def _blocks(dim: int, depth: int, heads: int, drop_path: float = 0.0) -> nn.Modu
     """Pre-norm ViT blocks; stochastic depth grows linearly from 0 to ``drop_path``."""
     norm = partial(nn.LayerNorm, eps=1e-6)
     rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-    own = {"qkv_bias": True, "norm_layer": norm, "attn_layer": Attention}
-    return nn.ModuleList(use_depth(Block(dim, heads, **own), rate) for rate in rates)
+    return nn.ModuleList(use_depth(Block(dim, heads, qkv_bias=True, norm_layer=norm), rate) for rate in rates)
+
+
+def fused_attention(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's fused attention is the faster one.
+
+    Not in bf16 on a CPU: there its backward pass takes two to four times as long as plain matrix products do, with
+    128 to 512 tokens (benchmarks/train_step.py).
+    """
+    return device.type != "cpu" or dtype != torch.bfloat16
+
+
+def _apply(block: Block, tokens: Tensor) -> Tensor:
+    """``block(tokens)`` with the faster attention."""
+    block.attn.fused_attn = fused_attention(tokens.device, tokens.dtype)
+    return block(tokens)
 
 
 def simam(x: Tensor, energy_lambda: float = 1e-4) -> Tensor:
@@ -117,7 +127,7 @@ class MAE(nn.Module):
         visible = tokens.gather(1, index)
         x = self.reduce(visible)
         for block in self.blocks:
-            x = block(x)
+            x = _apply(block, x)
         visible = visible + self.expand(self.norm(x))
         filled = (self.mask_token + position).to(visible.dtype).expand(b, n, d)
         return filled.scatter(1, index, visible)
@@ -218,7 +228,7 @@ class ACM(nn.Module):
         super().__init__()
         dim = size.embed_dim
         self.size, self.num_classes, self.grid_size = size, num_classes, grid_size
-        self.attention, self.pooling, self.drop_path = attention, pooling, drop_path
+        self.attention, self.pooling = attention, pooling
         self.embed_dim = dim
         self.activation_checkpointing = activation_checkpointing
         self.patch_embed = nn.Linear(PATCH * PATCH, dim)
@@ -259,25 +269,11 @@ class ACM(nn.Module):
 
     def aft(self, tokens: Tensor) -> Tensor:
         """The Audio Feature Transformer: ``(B, N, D)`` tokens -> ``(B, N, D)`` features."""
-        clips = self._clips_at_a_time(tokens)
-        if clips < len(tokens):
-            return torch.cat([self._aft(part) for part in tokens.split(clips)])
-        return self._aft(tokens)
-
-    def _clips_at_a_time(self, tokens: Tensor) -> int:
-        """All of them, but on a CPU so few that what one operation writes is still in the cache for the next one."""
-        whole = tokens.device.type != "cpu" or torch.compiler.is_compiling()
-        if whole or (self.training and self.drop_path):  # stochastic depth has drawn for the whole batch
-            return len(tokens)
-        parts = -(-tokens.nbytes // AT_A_TIME)
-        return -(-len(tokens) // max(parts, 1))
-
-    def _aft(self, tokens: Tensor) -> Tensor:
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, use_reentrant=False)
+                tokens = checkpoint(_apply, block, tokens, use_reentrant=False)
             else:
-                tokens = block(tokens)
+                tokens = _apply(block, tokens)
         return self.norm(tokens)
 
     def features(self, patches: Tensor) -> Tensor:

@@ -433,29 +433,3 @@ def test_one_step_at_base_size_on_a_ten_second_clip(make_batch):
         else:
             assert parameter.grad.isfinite().all(), name
             assert (parameter.grad != 0).any(), name
-
-
-@pytest.mark.parametrize("attention", ["plain", "simam"])
-@pytest.mark.parametrize("clips", [1, 5, 7])
-def test_on_a_cpu_a_few_clips_pass_at_a_time(make_model, make_batch, monkeypatch, attention, clips):
-    """With the features and gradients of all at once."""
-    model, patches = make_model("micro", attention=attention), patchify(make_batch(range(clips)).fbank)
-    seen = []
-    model.blocks[0].register_forward_pre_hook(lambda block, inputs: seen.append(len(inputs[0])))
-    found = []
-    for limit in (1 << 62, 3 * 48 * 192 * 4):
-        monkeypatch.setattr("fastsskd.model.AT_A_TIME", limit)
-        model.zero_grad()
-        features = model.features(patches)
-        features.square().sum().backward()
-        found.append((features.detach(), [p.grad.clone() for p in model.blocks.parameters()]))
-    assert seen == [clips] + {1: [1], 5: [3, 2], 7: [3, 3, 1]}[clips]
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
-
-
-def test_stochastic_depth_keeps_the_batch_together(make_model, make_batch, monkeypatch):
-    monkeypatch.setattr("fastsskd.model.AT_A_TIME", 1)
-    model, batch = make_model("micro", drop_path=0.5).train(), make_batch()
-    draw_depth(model, batch.seed)
-    model(batch.fbank)[0].sum().backward()
-    assert model.eval()(batch.fbank)[0].isfinite().all()

@@ -105,12 +105,14 @@ def parameters(config: Config, kind: str, classes: int, teachers: tuple[str, ...
     return Parameters(parts.total + joined, trained + joined, frozen, averaged)
 
 
-def work_of(config: Config, kind: str, element: int, classes: int, teachers: tuple[str, ...], clips: int) -> StageWork:
-    """A kind of stage, whatever the machine."""
+def work_of(
+    config: Config, kind: str, element: int, classes: int, teachers: tuple[str, ...], clips: int, *, fused: bool = True
+) -> StageWork:
+    """A kind of stage; of the machine it depends on the attention alone, which may be ``fused``."""
     return StageWork(
         kind=kind,
         parameters=parameters(config, kind, classes, teachers),
-        clip=memory.stage_bytes(kind, config, element, classes),
+        clip=memory.stage_bytes(kind, config, element, classes, fused=fused),
         batch=memory.batch_bytes(config.data.seconds, waveform=bool(teachers)),
         epochs=(config.ssl if kind == "ssl" else config.distill).epochs,
         clips=clips,

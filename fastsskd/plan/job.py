@@ -16,6 +16,7 @@ from fastsskd.errors import InputError, UsageError
 from fastsskd.hardware import GPUS, Gpu
 from fastsskd.loader import open_manifest
 from fastsskd.manifest import Manifest, split
+from fastsskd.model import fused_attention
 from fastsskd.plan import cost as plan_cost
 from fastsskd.plan import loader as plan_loader
 from fastsskd.plan import measured as plan_measured
@@ -78,15 +79,17 @@ def _size_of(path: str) -> str:
     return "base"
 
 
-def works(config: Config, tree: dict[str, Any], clips: Clips) -> dict[str, StageWork]:
+def works(config: Config, tree: dict[str, Any], clips: Clips, on_gpu: bool = True) -> dict[str, StageWork]:
     """Each kind of stage of the run, in its order."""
+    device = torch.device("cuda" if on_gpu else "cpu")
+    fused = fused_attention(device, torch.bfloat16 if ds_config.precision(tree) == "bf16" else torch.float32)
     element = 4 if ds_config.precision(tree) == "fp32" else 2
     teachers = teacher_sizes(config)
     found = {}
     for kind in dict.fromkeys(stage.kind for stage in plan_stages(config)):
         number = clips.ssl if kind == "ssl" else clips.labelled
         own = teachers if kind == "distill" else ()
-        found[kind] = plan_cost.work_of(config, kind, element, clips.classes, own, number)
+        found[kind] = plan_cost.work_of(config, kind, element, clips.classes, own, number, fused=fused)
     return dict(sorted(found.items(), key=lambda item: ("ssl", "distill", "teacher").index(item[0])))
 
 
@@ -129,7 +132,7 @@ def job(
         UsageError: the costs were measured with another model, clip length or precision.
     """
     on_gpu = measured is None or measured.on_gpu
-    precision, work = ds_config.precision(tree), works(config, tree, clips)
+    precision, work = ds_config.precision(tree), works(config, tree, clips, on_gpu)
     known = plan_loader.costs(on_gpu, config.data.seconds)
     loader = known["packed"] if clips.manifest is None else plan_loader.cost_of(clips.manifest, known)
     if measured is None:
@@ -184,7 +187,7 @@ def _measure(config: Config, tree: dict[str, Any], clips: Clips) -> Measured:
     return plan_measure.measure(
         config,
         tree,
-        works(config, tree, clips),
+        works(config, tree, clips, on_gpu),
         clips.classes,
         teacher_sizes(config),
         sizes.micro,

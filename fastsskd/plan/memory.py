@@ -117,6 +117,24 @@ def blocks_bytes(tokens: float, dim: int, depth: int, heads: int, element: int, 
     return depth * block_bytes(tokens, dim, heads, element)
 
 
+def probabilities_bytes(size: Size, n: int, passes: int, visible: int, element: int) -> tuple[float, float]:
+    """What attention keeps where it is not fused, for each clip: its probabilities in place of the log-sum-exp.
+
+    Args:
+        n, passes: tokens of a view, and views that pass the AFT with a graph.
+        visible: tokens that the MAE module sees; 0 where it takes no part.
+
+    Returns:
+        Of all blocks of the AFT, and of the MAE module's.
+    """
+
+    def of_blocks(tokens: int, depth: int, heads: int) -> float:
+        return depth * heads * tokens * (tokens * element - 4.0)
+
+    aft = passes * of_blocks(n, size.depth, size.num_heads)
+    return aft, of_blocks(visible, size.mae_depth, size.mae_heads)
+
+
 def simam_bytes(tokens: float, dim: int, depth: int) -> float:
     """What SimAM keeps in ``depth`` blocks: its input, distance from the mean, that squared, and the sigmoid."""
     return tokens * dim * depth * 4 * 4.0
@@ -188,12 +206,30 @@ def workspace_bytes(size: Size, tokens: float, element: int, checkpointing: bool
     return moving + again
 
 
-def stage_bytes(kind: str, config: Config, element: int, num_classes: int) -> tuple[float, float]:
+def stage_bytes(
+    kind: str, config: Config, element: int, num_classes: int, *, fused: bool = True
+) -> tuple[float, float]:
     """Bytes for each clip of a micro-batch of a stage (``"ssl"``, ``"distill"``, ``"teacher"``): kept, workspace.
 
-    The workspace includes what a step holds besides: the views of a Multi-SSL step in float32 with their masks. Not
-    counted are the probabilities that a small model keeps on a CPU (attention.py), 8 MB a block at most.
+    The workspace includes what a step holds besides: the views of a Multi-SSL step in float32 with their masks.
+    ``fused`` is attention's, see :func:`fastsskd.model.fused_attention`.
     """
+    kept, workspace = _stage_bytes(kind, config, element, num_classes)
+    if fused or (kind != "ssl" and config.distill.frozen):
+        return kept, workspace
+    size, n, mask = SIZES[config.model.size], num_tokens(config.data.seconds), config.mask
+    passes, visible = 1, 0
+    if kind == "ssl":
+        passes, visible = 2 * mask.clones + config.loss.raw_gradient, n - round(mask.inter_ratio * n)
+    aft, mae = probabilities_bytes(size, n, passes, visible, element)
+    mae *= mask.clones
+    if config.model.activation_checkpointing:  # of one block at a time
+        return kept + mae, workspace + aft / size.depth
+    return kept + mae + aft, workspace
+
+
+def _stage_bytes(kind: str, config: Config, element: int, num_classes: int) -> tuple[float, float]:
+    """With fused attention."""
     size, seconds = SIZES[config.model.size], config.data.seconds
     n, again = num_tokens(seconds), config.model.activation_checkpointing
     clones = config.mask.clones
