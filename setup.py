@@ -21,9 +21,10 @@ setup(
     package_dir={"fastsskd": "fastsskd", "fastsskd_kernels": "kernels"},
     packages=[*find_packages(include=["fastsskd", "fastsskd.*"]), "fastsskd_kernels"],
     install_requires=[
-        "torch>=2.11,<2.12",
-        "torchaudio>=2.11,<2.12",
-        "torchvision>=0.26,<0.27",
+        # Exact: the three belong together. torchaudio 2.11.1 does not load with torch 2.11.0, and says nothing of it.
+        "torch==2.11.0",
+        "torchaudio==2.11.0",
+        "torchvision==0.26.0",
         "timm>=1.0.20,<1.1",
         "numba>=0.65,<0.70",
         "numpy>=2.0,<2.6",
