@@ -61,15 +61,14 @@ class Rows:
     it does to both.
 
     Args:
-        args: of the command.
-        dtype: 16-bit type whose matrix products are the peak.
+        args: of the command; ``fp16`` says in which 16 bits the peak is measured.
 
     Attributes:
         float32_peaks: FLOP/s, one of each row.
     """
 
-    def __init__(self, args: argparse.Namespace, dtype: torch.dtype):
-        self.args, self.dtype = args, dtype
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.dtype = args, torch.float16 if args.fp16 else torch.bfloat16
         self.watch = common.IdleWatch(args.patience)
         self.float32_peaks: list[float] = []
 

@@ -136,12 +136,13 @@ def literal_alone(args: argparse.Namespace) -> dict:
     """The row of the literal pseudo code, from a process of its own: a plain script has none of our settings (the C
     library's memory, see ``distributed.start``), and there would be no room for it beside ours."""
     options = [f"--{name}={getattr(args, name)}" for name in ("size", "batch", "seconds", "rounds", "patience")]
+    options += ["--fp16"] if args.fp16 else []
     return common.answer(LITERAL, [sys.executable, __file__, "--literal", *options])
 
 
 def measure(args: argparse.Namespace) -> dict:
     setting, batch = Setting(args), make_batch(args.batch, args.seconds)
-    rows = Rows(args, torch.float16 if args.fp16 else torch.bfloat16)
+    rows = Rows(args)
     literal = literal_alone(args)
     found, labelled = {LITERAL: literal, **rows.all(setting.rows(), batch, "ours")}, {}
     beside = statistics.median(found["ours"]["seconds"])
@@ -178,6 +179,8 @@ def report(args: argparse.Namespace, found: dict, labelled: dict, rows: Rows) ->
     verdicts.append(common.verdict("model FLOPs of the measured 16-bit matrix peak", share, ">=", 50.0, "%"))
     versions = {name: version(name) for name in ("torch", "deepspeed", "timm")}
     command = f"python benchmarks/train_step.py --size {args.size} --batch {args.batch} --rounds {args.rounds}"
+    command += "" if args.levers else " --no-levers"
+    command += "" if args.teachers else " --no-teachers"
     about = common.machine(versions, command) | {"samples_on_an_idle_machine": str(rows.watch)}
     about["device"] = torch.cuda.get_device_name() if GPU else f"CPU, {matrix_units()}"
     parts = {name: getattr(counted, name) / 1e9 for name in ("raw", "intra", "inter", "mae", "decoder")}
@@ -260,8 +263,7 @@ def main() -> None:
     parser.add_argument("--literal", action="store_true", help=argparse.SUPPRESS)  # a process of its own: its row
     args = parser.parse_args()
     if args.literal:
-        rows = Rows(args, torch.bfloat16)
-        print(json.dumps(rows.time(LITERAL, Setting(args).literal, make_batch(args.batch, args.seconds))[1]))
+        print(json.dumps(Rows(args).time(LITERAL, Setting(args).literal, make_batch(args.batch, args.seconds))[1]))
         return
     distributed.start(DEVICE.type)
     write(measure(args), args.out)
