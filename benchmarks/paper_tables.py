@@ -20,7 +20,6 @@ Results go to ``OUT/tables.{json,md}``.
 
 import argparse
 import json
-import math
 import statistics
 import sys
 from importlib.metadata import version
@@ -32,7 +31,7 @@ from paper_rows import METHODS, ROWS, SSL, TABLES, Entry
 from fastsskd.config import Config
 from fastsskd.config import load as load_config
 from fastsskd.errors import InputError, UsageError
-from fastsskd.evaluation.kfold import metrics_by_stage, plan
+from fastsskd.evaluation.kfold import gain, metrics_by_stage, paired, plan
 from fastsskd.many_runs import Job, JobsFailed, run_many
 
 LAUNCHER = Path(__file__).parents[1] / "launch" / "train.py"
@@ -119,15 +118,6 @@ def summarise(entry: Entry, values: dict[str, dict], first: str, before: str | N
     return row
 
 
-def paired(own: dict, other: dict) -> dict | None:
-    """Mean difference over trainings with the same fold and seed, and its standard error."""
-    gains = [value - other[key] for key, value in own.items() if key in other]
-    if not gains:
-        return None
-    error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None
-    return {"mean": statistics.fmean(gains), "standard_error": error, "pairs": len(gains)}
-
-
 def make_table(number: int, results: dict[Key, dict], metric: str) -> dict:
     title, entries = TABLES[number]
     values = {entry.label: values_of(entry, results, metric) for entry in entries}
@@ -162,13 +152,6 @@ NOT_RUN = {"teacher": "not run: --teacher NAME=FILE", "imagenet": "not run: --im
 
 def number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
-
-
-def gain(found: dict | None) -> str:
-    if found is None:
-        return ""
-    error = "" if found["standard_error"] is None else f" ± {found['standard_error']:.3f}"
-    return f"{found['mean']:+.3f}{error}"
 
 
 def train_tables(args: argparse.Namespace) -> list[dict]:

@@ -78,14 +78,17 @@ def test_without_folds_there_is_no_cross_validation(tmp_path):
         planned(str(tmp_path / "m.manifest"))
 
 
-def fake_run(folder, fold, seed, accuracy):
+def fake_run(folder, fold, seed, accuracy, teacher=None):
     """A run's result, and the scores of three clips of its fold."""
     random = np.random.default_rng((fold, seed))
     keys, label = np.array([f"{fold}-{i}" for i in range(3)]), np.array([0, 1, 1])
     scores = ClipScores(keys, label, random.random((3, 2)), ("a", "b"))
     score_file.save(folder / "scores/iter1-distill.npz", scores)
+    score_file.save(folder / "scores/teacher.npz", scores)
     metrics = {**dict.fromkeys(NAMES, accuracy), "top5": None, "num_clips": 3, "num_classes": 2}
     result = {"teacher": None, "iterations": [{"iteration": 1, "metrics": metrics}], "ensemble": None}
+    if teacher is not None:
+        result["teacher"] = {"metrics": {**metrics, "accuracy": teacher}}
     return {**result, "num_train": 6, "skipped": {"x": "broken"}}, folder
 
 
@@ -128,7 +131,8 @@ def test_pooled_metrics_are_of_all_folds_clips_as_one_set(found):
 def test_the_table_says_how_many_and_which_weights(found):
     text = kfold.table({**found[0], "weights": kfold.WEIGHTS["best"]})
     head, row = text.splitlines()[:2]
-    assert head.split() == ["accuracy", "fold", "1", "fold", "2", "mean", "std", "folds", "std", "seeds", "pooled"]
+    columns = ["accuracy", "fold", "1", "fold", "2", "mean", "std", "folds", "std", "seeds", "pooled"]
+    assert head.split()[: len(columns)] == columns
     assert row.split()[:6] == ["iter1-distill", "0.5500", "0.8500", "0.7000", "0.2121", "0.1414"]
     assert "6 clips, 2 classes; 2 folds, 2 seeds" in text and "1 clip(s) left out" in text
     assert text.endswith("weights: best epoch, chosen on the evaluation fold: optimistic")
@@ -137,6 +141,35 @@ def test_the_table_says_how_many_and_which_weights(found):
 def test_one_fold_or_seed_has_no_spread(tmp_path):
     row = kfold.summary({(1, 0): fake_run(tmp_path, 1, 0, 0.5)})["rows"]["iter1-distill"]["accuracy"]
     assert row["mean"] == 0.5 and row["std_folds"] is row["std_seeds"] is None
+
+
+def test_gains_are_of_pairs_of_the_same_fold_and_seed(tmp_path):
+    gains = {(1, 0): 0.25, (2, 0): 0.0, (1, 4): -0.125, (2, 4): 0.375}
+    runs = {
+        key: fake_run(tmp_path / f"{key}", *key, value, teacher=value - gains[key]) for key, value in ACCURACY.items()
+    }
+    found = kfold.summary(runs)
+    first, second = (found["rows"][name]["accuracy"] for name in ("teacher", "iter1-distill"))
+    assert first["over_first"] is first["over_before"] is None
+    error = np.std(list(gains.values()), ddof=1) / 2
+    expected = {"mean": 0.125, "standard_error": error, "better": 2, "pairs": 4}
+    assert second["over_first"] == second["over_before"] == pytest.approx(expected)
+    lines = kfold.table({**found, "weights": kfold.WEIGHTS["last"]}).splitlines()
+    assert lines[0].endswith("over the row above  over the first")
+    assert lines[1].split()[-2:] == ["-", "-"] and lines[2].split()[-6:] == ["+0.125", "±", f"{error:.3f}"] * 2
+    assert "gains: mean and standard error" in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "expected"),
+    [
+        ({1: 0.5}, {2: 0.5}, None),
+        ({1: 0.5, 3: 0.1}, {1: 0.25, 2: 0.5}, {"mean": 0.25, "standard_error": None, "better": 1, "pairs": 1}),
+        ({1: 0.5, 2: 0.5}, {1: 0.5, 2: 0.5}, {"mean": 0.0, "standard_error": 0.0, "better": 0, "pairs": 2}),
+    ],
+)
+def test_pairs_are_what_both_have(own, other, expected):
+    assert kfold.paired(own, other) == expected
 
 
 @pytest.mark.slow

@@ -344,6 +344,7 @@ def make_folds(out: Path) -> Path:
         skipped = {"clip99": "silent"} if fold == 1 else {}
         runs.append({"fold": fold, "seed": 0, "folder": folder.name, "num_train": 10, "skipped": skipped})
     spread = {"mean": 0.5, "std_folds": 0.125, "std_seeds": None, "folds": {"1": 0.375, "2": 0.625}}
+    spread |= {"over_before": None, "over_first": {"mean": 0.25, "standard_error": 0.125, "better": 2, "pairs": 2}}
     row = {"accuracy": spread, "mAP": spread, "AUC": None, "pooled": {"accuracy": 0.4375, "mAP": None}}
     row |= {"num_clips": 20, "num_classes": 3}
     found = {"folds": [1, 2], "seeds": [0], "rows": {"iter1-distill": row, "ensemble": row}, "runs": runs}
@@ -355,7 +356,8 @@ def test_a_cross_validation_has_a_page_too(tmp_path, capsys):
     out = make_folds(tmp_path / "folds")
     assert cli.main(["report", str(out)]) == 0
     found = Page((out / report.PAGE).read_text())
-    assert found.row("iter1-distill") == ["iter1-distill", "0.500", "0.125", "-", "0.438", "0.375", "0.625"]
+    row = ["iter1-distill", "0.500", "0.125", "-", "0.438", "-", "+0.250 ± 0.125", "0.375", "0.625"]
+    assert found.row("iter1-distill") == row
     text = " ".join(found.texts)
     assert "2 folds, 1 seed(s), 20 clips, 3 classes; weights: those of the last epoch" in text
     assert (

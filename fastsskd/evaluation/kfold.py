@@ -117,16 +117,16 @@ def summary(runs: dict[tuple[int, int], tuple[dict[str, Any], Path]]) -> dict[st
         ``folds``, ``seeds``; ``rows``, for each stage that was evaluated and for the ensemble of the iterations: of
         each metric the ``mean`` over all runs, ``std_folds`` and ``std_seeds`` (of the folds' means over seeds, and
         of the seeds' means over folds; n - 1 below the line; None of one), and each fold's and seed's mean;
-        ``pooled``, the metrics of all folds' clips as one set, mean over seeds; ``num_clips``, ``num_classes`` of that
-        set. ``runs``: each run's own metrics, the name of its folder, and clips left out.
+        ``over_first`` and ``over_before``, see :func:`paired`, over the first row and the one before; ``pooled``, the
+        metrics of all folds' clips as one set, mean over seeds; ``num_clips``, ``num_classes`` of that set. ``runs``:
+        each run's own metrics, the name of its folder, and clips left out.
     """
     folds, seeds = (sorted({key[side] for key in runs}) for side in (0, 1))
     metrics = {key: metrics_by_stage(result) for key, (result, _) in runs.items()}
     names = list(next(iter(metrics.values())))
     rows = {}
-    for name in names:
-        table = {key: own[name] for key, own in metrics.items()}
-        rows[name] = {metric: _spread(table, metric, folds, seeds) for metric in NAMES}
+    for name, before in zip(names, [None, *names], strict=False):
+        rows[name] = {metric: _row(metrics, name, before, names[0], metric) for metric in NAMES}
         pooled = [_pooled([runs[fold, seed][1] for fold in folds], name) for seed in seeds]
         rows[name]["pooled"] = {metric: _mean([own[metric] for own in pooled]) for metric in NAMES}
         rows[name] |= {"num_clips": pooled[0]["num_clips"], "num_classes": pooled[0]["num_classes"]}
@@ -156,21 +156,58 @@ def _short(metrics: dict[str, Any]) -> dict[str, Any]:
     return {name: metrics[name] for name in (*NAMES, "num_clips", "num_classes")}
 
 
-def _spread(
-    table: dict[tuple[int, int], dict[str, Any]], metric: str, folds: list[int], seeds: list[int]
-) -> dict[str, Any] | None:
-    """Mean and spread of one metric; None where a run has none."""
-    values = np.array([[table[fold, seed][metric] for seed in seeds] for fold in folds], float)
-    if np.isnan(values).any():
+def _row(metrics: dict[tuple[int, int], Any], name: str, before: str | None, first: str, metric: str) -> Any:
+    """One metric of a stage: mean, spread and gains; None where a run has none."""
+
+    def of_runs(stage: str) -> dict[tuple[int, int], float]:
+        values = {key: own[stage] and own[stage][metric] for key, own in metrics.items()}
+        return {key: value for key, value in values.items() if value is not None}
+
+    own = of_runs(name)
+    if len(own) < len(metrics):
         return None
-    of_folds, of_seeds = values.mean(axis=1), values.mean(axis=0)
+    over_first, over_before = (paired(own, of_runs(other)) if before else None for other in (first, before))
+    return {**_spread(own), "over_first": over_first, "over_before": over_before}
+
+
+def _spread(values: dict[tuple[int, int], float]) -> dict[str, Any]:
+    folds, seeds = (sorted({key[side] for key in values}) for side in (0, 1))
+    table = np.array([[values[fold, seed] for seed in seeds] for fold in folds])
+    of_folds, of_seeds = table.mean(axis=1), table.mean(axis=0)
     return {
-        "mean": float(values.mean()),
+        "mean": float(table.mean()),
         "std_folds": _std(of_folds),
         "std_seeds": _std(of_seeds),
         "folds": dict(zip(map(str, folds), of_folds.tolist(), strict=True)),
         "seeds": dict(zip(map(str, seeds), of_seeds.tolist(), strict=True)),
     }
+
+
+def paired(own: dict[Any, float], other: dict[Any, float]) -> dict[str, Any] | None:
+    """What ``own`` is above ``other``, from the trainings that both have, by fold and seed.
+
+    Returns:
+        ``mean`` of the differences, their ``standard_error`` (None of a single one), how many are above zero
+        (``better``) and how many there are (``pairs``); None without a pair.
+    """
+    gains = np.array([value - other[key] for key, value in own.items() if key in other])
+    if not len(gains):
+        return None
+    spread = _std(gains)
+    return {
+        "mean": float(gains.mean()),
+        "standard_error": None if spread is None else spread / len(gains) ** 0.5,
+        "better": int((gains > 0).sum()),
+        "pairs": len(gains),
+    }
+
+
+def gain(found: dict[str, Any] | None) -> str:
+    """:func:`paired` in words, such as ``"+0.012 ± 0.005"``; empty without a pair."""
+    if found is None:
+        return ""
+    error = "" if found["standard_error"] is None else f" ± {found['standard_error']:.3f}"
+    return f"{found['mean']:+.3f}{error}"
 
 
 def _std(values: np.ndarray) -> float | None:
@@ -188,23 +225,25 @@ def _pooled(folders: list[Path], name: str) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The table of ``kfold.json``: a row a stage, a column a fold, then mean, spreads and the pooled clips."""
+    """The table of ``kfold.json``: a row a stage, a column a fold, then mean, spreads, pooled clips and gains."""
     rows = found["rows"]
     names = ("accuracy", "mAP") if any(row["accuracy"] for row in rows.values()) else ("mAP", "AUC", "d_prime")
     text = []
     for metric in names:
         folds = [f"fold {fold}" for fold in found["folds"]]
-        lines = [(metric, *folds, "mean", "std folds", "std seeds", "pooled")]
+        lines = [(metric, *folds, "mean", "std folds", "std seeds", "pooled", "over the row above", "over the first")]
         for name, row in rows.items():
             own = row[metric] or {"folds": {}}
             numbers = [own["folds"].get(str(fold)) for fold in found["folds"]]
             numbers += [own.get(what) for what in ("mean", "std_folds", "std_seeds")] + [row["pooled"][metric]]
-            lines.append((name, *("-" if number is None else f"{number:.4f}" for number in numbers)))
+            gains = [gain(own.get(what)) or "-" for what in ("over_before", "over_first")]
+            lines.append((name, *("-" if number is None else f"{number:.4f}" for number in numbers), *gains))
         text += [*aligned(lines), ""]
     row = next(iter(rows.values()))
     seeds = f"{len(found['seeds'])} seed{'s' if len(found['seeds']) > 1 else ''}"
     text.append(f"{row['num_clips']} clips, {row['num_classes']} classes; {len(found['folds'])} folds, {seeds}")
     skipped = len({key for run in found["runs"] for key in run["skipped"]})
+    text += ["gains: mean and standard error over pairs of the same fold and seed"] if len(rows) > 1 else []
     text += [f"{skipped} clip(s) left out, see result.json of the runs"] if skipped else []
     text.append(f"weights: {found['weights']}")
     return "\n".join(text)

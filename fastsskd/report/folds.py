@@ -9,7 +9,7 @@ from typing import Any
 
 from fastsskd.errors import InputError
 from fastsskd.evaluation import score_file
-from fastsskd.evaluation.kfold import RESULT
+from fastsskd.evaluation.kfold import RESULT, gain
 from fastsskd.evaluation.metrics import NAMES, classification_metrics
 from fastsskd.evaluation.score_file import ClipScores
 from fastsskd.report.html import document, note, section, table
@@ -67,11 +67,14 @@ def _metric(found: dict[str, Any], metric: str) -> str:
         if own is not None:
             spread = [own.get(what) for what in ("mean", "std_folds", "std_seeds")]
             folds = [own["folds"].get(str(fold)) for fold in found["folds"]]
-            rows.append((name, *spread, row["pooled"].get(metric), *folds))
+            gains = [gain(own.get(what)) or None for what in ("over_before", "over_first")]
+            rows.append((name, *spread, row["pooled"].get(metric), *gains, *folds))
     if not rows:
         return ""
     header = ("stage", "mean", "std of folds", "std of seeds", "clips of all folds as one")
-    return section(_TITLES.get(metric, metric), table((*header, *(f"fold {k}" for k in found["folds"])), rows))
+    gains = ("over the row above", "over the first")
+    columns = (*header, *gains, *(f"fold {k}" for k in found["folds"]))
+    return section(_TITLES.get(metric, metric), table(columns, rows))
 
 
 def _runs(found: dict[str, Any]) -> str:
