@@ -25,7 +25,7 @@ setup(
         "torch==2.11.0",
         "torchaudio==2.11.0",
         "torchvision==0.26.0",
-        "timm>=1.0.20,<1.1",
+        "timm>=1.0.24,<1.1",
         "numba>=0.65,<0.70",
         "numpy>=2.0,<2.6",
         # Exact: the shm-comm switch in launch/train.py and the checkpoint layout lean on private names of this version.

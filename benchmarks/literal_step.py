@@ -2,9 +2,11 @@
 
 import unittest.mock
 
+import timm.layers
 import torch
 from torch import Tensor, nn
 
+from fastsskd.attention import Attention
 from fastsskd.batch import Batch
 from fastsskd.pretrain import Pretrain
 from fastsskd.views import Views
@@ -72,13 +74,16 @@ class Plain:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-class ForcedAttention(nn.Module):
-    """A module whose blocks have fused attention, or plain matrix products, whatever is faster here."""
+class TimmAttention(nn.Module):
+    """A module whose blocks have timm's attention: torch's fused one, or plain products of all clips at once."""
 
     def __init__(self, module: nn.Module, fused: bool):
         super().__init__()
-        self.module, self.fused = module, fused
+        self.module = module
+        for layer in module.modules():
+            if isinstance(layer, Attention):
+                layer.fused_attn = fused
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict]:
-        with unittest.mock.patch("fastsskd.model.fused_attention", lambda device, dtype: self.fused):
+        with unittest.mock.patch.object(Attention, "forward", timm.layers.Attention.forward):
             return self.module(batch)

@@ -29,15 +29,16 @@ from pathlib import Path
 import common
 import deepspeed
 import torch
-from literal_step import ForcedAttention, Literal, MaskedTokensToo, Plain, ThreePasses
+from literal_step import Literal, MaskedTokensToo, Plain, ThreePasses, TimmAttention
 from step_models import CLASSES, beats, save_ast, student
 from step_timing import DEVICE, GPU, Rows, matrix_units
 
 import fastsskd_kernels as kernels
 from fastsskd import distributed, flops
+from fastsskd.attention import fused_attention
 from fastsskd.batch import Batch
 from fastsskd.config import LossConfig, MaskConfig, OptimConfig, StageConfig
-from fastsskd.model import build_model, fused_attention
+from fastsskd.model import build_model
 from fastsskd.patches import num_input_frames
 from fastsskd.pretrain import Pretrain
 from fastsskd.schedule import build_optimizer
@@ -80,8 +81,8 @@ class Setting:
     def rows(self) -> dict[str, Callable[[], object]]:
         """Name -> what makes the engine; ours first."""
 
-        def other_attention() -> object:
-            return self.engine(ForcedAttention(self.module(), fused=not fused))
+        def timm_attention(fused: bool) -> object:
+            return self.engine(TimmAttention(self.module(), fused))
 
         def compiled() -> object:
             module = self.module()
@@ -89,13 +90,15 @@ class Setting:
                 module.model.blocks[i] = torch.compile(block)
             return self.engine(module)
 
-        fused = fused_attention(DEVICE, torch.bfloat16 if self.precision == "bf16" else torch.float16)
+        is_fused = fused_attention(DEVICE, torch.bfloat16 if self.precision == "bf16" else torch.float16)
+        fused = {} if is_fused else {"fused attention": lambda: timm_attention(True)}
         rows = {
             "ours": lambda: self.engine(self.module()),
             "raw view with gradient": lambda: self.engine(self.module(raw_gradient=True)),
             "masked views in two passes": lambda: self.engine(self.module(ThreePasses)),
             "MAE module on all tokens": lambda: self.engine(self.module(MaskedTokensToo)),
-            "attention not fused" if fused else "fused attention": other_attention,
+            **fused,
+            "attention as plain products of all clips": lambda: timm_attention(False),
             "float32": lambda: self.engine(self.module(), precision="fp32"),
             "activation checkpointing": lambda: self.engine(self.module(checkpointing=True)),
             "+ torch.compile of the blocks": compiled,
@@ -105,7 +108,7 @@ class Setting:
         return rows if self.args.levers else {"ours": rows["ours"]}
 
     def literal(self) -> object:
-        return Plain(ForcedAttention(self.module(Literal, raw_gradient=True), fused=False), DEVICE)
+        return Plain(TimmAttention(self.module(Literal, raw_gradient=True), fused=False), DEVICE)
 
 
 def labelled_rows(setting: Setting, folder: Path) -> dict[str, Callable[[], object]]:

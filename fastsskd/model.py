@@ -14,6 +14,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastsskd.attention import Attention
 from fastsskd.errors import UsageError
 from fastsskd.patches import NUM_MEL_BINS, PATCH, num_input_frames, patchify
 from fastsskd.stochastic_depth import use_depth
@@ -51,22 +52,8 @@ def _blocks(dim: int, depth: int, heads: int, drop_path: float = 0.0) -> nn.Modu
     """Pre-norm ViT blocks; stochastic depth grows linearly from 0 to ``drop_path``."""
     norm = partial(nn.LayerNorm, eps=1e-6)
     rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-    return nn.ModuleList(use_depth(Block(dim, heads, qkv_bias=True, norm_layer=norm), rate) for rate in rates)
-
-
-def fused_attention(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch's fused attention is the faster one.
-
-    Not in bf16 on a CPU: there its backward pass takes two to four times as long as plain matrix products do, with
-    128 to 512 tokens (benchmarks/train_step.py).
-    """
-    return device.type != "cpu" or dtype != torch.bfloat16
-
-
-def _apply(block: Block, tokens: Tensor) -> Tensor:
-    """``block(tokens)`` with the faster attention."""
-    block.attn.fused_attn = fused_attention(tokens.device, tokens.dtype)
-    return block(tokens)
+    options = {"qkv_bias": True, "norm_layer": norm, "attn_layer": Attention}
+    return nn.ModuleList(use_depth(Block(dim, heads, **options), rate) for rate in rates)
 
 
 def simam(x: Tensor, energy_lambda: float = 1e-4) -> Tensor:
@@ -127,7 +114,7 @@ class MAE(nn.Module):
         visible = tokens.gather(1, index)
         x = self.reduce(visible)
         for block in self.blocks:
-            x = _apply(block, x)
+            x = block(x)
         visible = visible + self.expand(self.norm(x))
         filled = (self.mask_token + position).to(visible.dtype).expand(b, n, d)
         return filled.scatter(1, index, visible)
@@ -271,9 +258,9 @@ class ACM(nn.Module):
         """The Audio Feature Transformer: ``(B, N, D)`` tokens -> ``(B, N, D)`` features."""
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(_apply, block, tokens, use_reentrant=False)
+                tokens = checkpoint(block, tokens, use_reentrant=False)
             else:
-                tokens = _apply(block, tokens)
+                tokens = block(tokens)
         return self.norm(tokens)
 
     def features(self, patches: Tensor) -> Tensor:

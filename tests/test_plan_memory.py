@@ -59,7 +59,7 @@ LOSSES = [
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations(make_model, make_batch, size, clips, dtype, checkpointing, monkeypatch):
-    monkeypatch.setattr("fastsskd.model.fused_attention", lambda device, dtype: True)  # as on a GPU
+    monkeypatch.setattr("fastsskd.attention.fused_attention", lambda device, dtype: True)  # as on a GPU
     batch, options = make_batch(range(clips)), {"activation_checkpointing": checkpointing}
     for loss, clones in [(loss, 1) for loss in LOSSES] + [(LOSSES[0], 2), (LOSSES[1], 2)]:
         module = Pretrain(make_model(size, **options), loss, MaskConfig(clones=clones)).to(dtype)

@@ -11,12 +11,12 @@ import torch
 
 from fastsskd import config as configuration
 from fastsskd import ds_config, hardware, weights
+from fastsskd.attention import fused_attention
 from fastsskd.config import Config
 from fastsskd.errors import InputError, UsageError
 from fastsskd.hardware import GPUS, Gpu
 from fastsskd.loader import open_manifest
 from fastsskd.manifest import Manifest, split
-from fastsskd.model import fused_attention
 from fastsskd.plan import cost as plan_cost
 from fastsskd.plan import loader as plan_loader
 from fastsskd.plan import measured as plan_measured

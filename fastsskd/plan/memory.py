@@ -212,7 +212,7 @@ def stage_bytes(
     """Bytes for each clip of a micro-batch of a stage (``"ssl"``, ``"distill"``, ``"teacher"``): kept, workspace.
 
     The workspace includes what a step holds besides: the views of a Multi-SSL step in float32 with their masks.
-    ``fused`` is attention's, see :func:`fastsskd.model.fused_attention`.
+    ``fused`` is attention's, see :func:`fastsskd.attention.fused_attention`.
     """
     kept, workspace = _stage_bytes(kind, config, element, num_classes)
     if fused or (kind != "ssl" and config.distill.frozen):
