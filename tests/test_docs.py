@@ -262,6 +262,21 @@ def test_the_hours_are_those_of_the_plan(row, recipe, capsys, monkeypatch):
         assert hours == pytest.approx(planned[gpus], abs=0.05 if hours < 10 else 0.5)
 
 
+@pytest.mark.parametrize("row", ["as the file is", "`model.activation_checkpointing=true`"])
+def test_what_a_v100_holds_is_what_the_plan_says(row, capsys, monkeypatch):
+    (line,) = re.findall(rf"^\| {re.escape(row)} \| (.+) \|$", PAGES["docs/cluster.md"], re.MULTILINE)
+    gigabytes, largest_16, largest_32, hours = line.split(" | ")
+    sets = ["--set", row.strip("`")] if "=" in row else []
+    monkeypatch.chdir(ROOT)
+    files = ["--config", "launch/configs/audioset2m.toml", "--ds_config", "launch/ds_config_v100.json"]
+    for gpu, largest in (("V100-16", largest_16), ("V100-32", largest_32)):
+        assert cli.main(["plan", *files, *sets, "--gpu", gpu, "--gpus", "32", "--json"]) == 0
+        (plan,) = json.loads(capsys.readouterr().out)["plans"]
+        assert plan["largest_micro"] == int(largest) and plan["sizes"]["micro"] == 8
+        assert plan["memory"]["2"]["total"] / 1e9 == pytest.approx(float(gigabytes.split()[0]), abs=0.06)
+        assert plan["hours"] == pytest.approx(float(hours), abs=0.05)
+
+
 # ----------------------------------------------------------------------------------------- the main paths, run in order
 
 SHORT = {
