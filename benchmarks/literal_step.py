@@ -2,7 +2,6 @@
 
 import unittest.mock
 
-import timm.layers
 import torch
 from torch import Tensor, nn
 
@@ -74,16 +73,21 @@ class Plain:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-class TimmAttention(nn.Module):
-    """A module whose blocks have timm's attention: torch's fused one, or plain products of all clips at once."""
+class AsParent(nn.Module):
+    """A module whose layers of one kind have their parent's forward pass: timm's attention, torch's linear maps."""
 
-    def __init__(self, module: nn.Module, fused: bool):
+    def __init__(self, module: nn.Module, kind: type[nn.Module]):
         super().__init__()
-        self.module = module
-        for layer in module.modules():
-            if isinstance(layer, Attention):
-                layer.fused_attn = fused
+        self.module, self.kind = module, kind
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict]:
-        with unittest.mock.patch.object(Attention, "forward", timm.layers.Attention.forward):
+        with unittest.mock.patch.object(self.kind, "forward", self.kind.__base__.forward):
             return self.module(batch)
+
+
+def with_timm_attention(module: nn.Module, *, fused: bool) -> nn.Module:
+    """timm's attention in the module's blocks: torch's fused one, or plain products of all clips at once."""
+    for layer in module.modules():
+        if isinstance(layer, Attention):
+            layer.fused_attn = fused
+    return AsParent(module, Attention)

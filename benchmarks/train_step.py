@@ -29,7 +29,7 @@ from pathlib import Path
 import common
 import deepspeed
 import torch
-from literal_step import Literal, MaskedTokensToo, Plain, ThreePasses, TimmAttention
+from literal_step import AsParent, Literal, MaskedTokensToo, Plain, ThreePasses, with_timm_attention
 from step_models import CLASSES, beats, save_ast, student
 from step_timing import DEVICE, GPU, Rows, matrix_units
 
@@ -38,6 +38,7 @@ from fastsskd import distributed, flops
 from fastsskd.attention import fused_attention
 from fastsskd.batch import Batch
 from fastsskd.config import LossConfig, MaskConfig, OptimConfig, StageConfig
+from fastsskd.linear import Linear
 from fastsskd.model import build_model
 from fastsskd.patches import num_input_frames
 from fastsskd.pretrain import Pretrain
@@ -82,7 +83,7 @@ class Setting:
         """Name -> what makes the engine; ours first."""
 
         def timm_attention(fused: bool) -> object:
-            return self.engine(TimmAttention(self.module(), fused))
+            return self.engine(with_timm_attention(self.module(), fused=fused))
 
         def compiled() -> object:
             module = self.module()
@@ -90,14 +91,17 @@ class Setting:
                 module.model.blocks[i] = torch.compile(block)
             return self.engine(module)
 
-        is_fused = fused_attention(DEVICE, torch.bfloat16 if self.precision == "bf16" else torch.float16)
-        fused = {} if is_fused else {"fused attention": lambda: timm_attention(True)}
+        own_products = not fused_attention(DEVICE, torch.bfloat16 if self.precision == "bf16" else torch.float16)
+        on_a_cpu = {
+            "fused attention": lambda: timm_attention(True),
+            "linear maps as torch's": lambda: self.engine(AsParent(self.module(), Linear)),
+        }
         rows = {
             "ours": lambda: self.engine(self.module()),
             "raw view with gradient": lambda: self.engine(self.module(raw_gradient=True)),
             "masked views in two passes": lambda: self.engine(self.module(ThreePasses)),
             "MAE module on all tokens": lambda: self.engine(self.module(MaskedTokensToo)),
-            **fused,
+            **(on_a_cpu if own_products else {}),
             "attention as plain products of all clips": lambda: timm_attention(False),
             "float32": lambda: self.engine(self.module(), precision="fp32"),
             "activation checkpointing": lambda: self.engine(self.module(checkpointing=True)),
@@ -108,7 +112,7 @@ class Setting:
         return rows if self.args.levers else {"ours": rows["ours"]}
 
     def literal(self) -> object:
-        return Plain(TimmAttention(self.module(Literal, raw_gradient=True), fused=False), DEVICE)
+        return Plain(with_timm_attention(self.module(Literal, raw_gradient=True), fused=False), DEVICE)
 
 
 def labelled_rows(setting: Setting, folder: Path) -> dict[str, Callable[[], object]]:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastsskd.attention import Attention
 from fastsskd.errors import UsageError
+from fastsskd.linear import use_one_product
 from fastsskd.patches import NUM_MEL_BINS, PATCH, num_input_frames, patchify
 from fastsskd.stochastic_depth import use_depth
 
@@ -233,6 +234,7 @@ class ACM(nn.Module):
         self._initialise()
         # Drawn last: the other weights are the same with and without it.
         self.pool = AttentivePool(dim, size.num_heads) if num_classes and pooling == "attentive" else None
+        use_one_product(self)
 
     def _initialise(self) -> None:
         """As MAE: sines and cosines for the positions, Xavier for the linear maps, truncated normal 0.02 for tokens."""
