@@ -18,12 +18,18 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., D)`` -> ``(..., C)``."""
-        bf16 = x.dtype == self.weight.dtype == torch.bfloat16
-        if not bf16 or x.device.type != "cpu" or self.bias is None or not _onednn_multiplies_bf16():
+        if not self._takes(x):
             return super().forward(x)
         if torch.is_grad_enabled():
             return OneProduct.apply(x, self.weight, self.bias)
         return _product(x, self.weight, self.bias)
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether this is a case for :class:`OneProduct`. A compiler merges products and sums by itself."""
+        bf16 = x.dtype == self.weight.dtype == torch.bfloat16
+        if not bf16 or x.device.type != "cpu" or self.bias is None or torch.compiler.is_compiling():
+            return False
+        return _onednn_multiplies_bf16()
 
 
 def use_one_product(model: nn.Module) -> None:

@@ -76,6 +76,13 @@ def test_which_way_is_taken(monkeypatch):
     assert len(taken) == 2
 
 
+def test_a_compiler_sees_torchs():
+    """Without a break of its graph: torch.compile cannot lower the product of ours with weights that change."""
+    torchs, ours = both(8, 4)
+    x = torch.randn(2, 8).bfloat16()
+    assert torch.equal(torch.compile(ours, backend="eager", fullgraph=True)(x), torchs(x))
+
+
 @needs_bf16
 def test_only_gradients_that_are_asked_for():
     """A frozen weight has none, and neither has an input without a graph: the patches."""
