@@ -172,7 +172,7 @@ def train_tables(args: argparse.Namespace) -> list[dict]:
     metrics = ("accuracy", "mAP") if single else ("mAP",)
     tables = [make_table(n, results, metric) for n in args.table if n in TABLES for metric in metrics]
     seconds = sum(result["seconds"] for result in (*first.values(), *results.values()))
-    write(args, tables, [f"{len(results)} trainings, {seconds / 3600:.1f} hours of {args.parallel} at a time."])
+    write(args, tables, [f"{len(results)} trainings, {seconds / 3600:.1f} hours together, {args.parallel} at a time."])
     if failed:
         raise failed
     return tables
