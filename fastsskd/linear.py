@@ -1,7 +1,8 @@
 """Linear maps of the model: torch's, but for bf16 on a CPU, where the bias is added inside the product.
 
 There torch copies the bias into each row of the result and lets the product add to it; oneDNN can add it to the sums
-before they are rounded and written: the same digits, in 0.7 to 0.95 of the time (benchmarks/train_step.py).
+before they are rounded and written. The digits are the same; what a step gains is the row "linear maps as torch's" of
+benchmarks/train_step.py.
 """
 
 from __future__ import annotations
