@@ -8,8 +8,9 @@ tokens too; it has a process of its own, before the rest. Ours: the step that tr
 ours again with one lever at a time taken back or tried and not taken. Each step of a row is timed right beside one of
 ours: "against ours" is the median of those pairs, so a machine whose speed comes and goes changes both sides. Model
 FLOPs are counted by ``fastsskd.flops`` (tests/test_flops.py holds that against torch's own count) and divided by the
-rate of large matrix products right before and after each step: that is the utilisation. The labelled step follows,
-alone and under AST and BEATs of their published sizes: what share of it is the teacher's. Results go to
+rate of large matrix products right before and after each step: that is the utilisation. On a CPU each row has besides
+what its step would take without neighbours on the same processor: ``step_timing.Operations``. The labelled step
+follows, alone and under AST and BEATs of their published sizes: what share of it is the teacher's. Results go to
 ``benchmarks/results/train_step.{json,md}``.
 
 Last result, 2026-11-22: on two CPU cores 3.9 x the pseudo code at base size, 73 % of the measured bf16 peak.
@@ -31,7 +32,7 @@ import deepspeed
 import torch
 from literal_step import AsParent, Literal, MaskedTokensToo, Plain, ThreePasses, with_timm_attention
 from step_models import CLASSES, beats, save_ast, student
-from step_timing import DEVICE, GPU, Rows, matrix_units
+from step_timing import DEVICE, GPU, Rows, matrix_units, peak_of, spared
 
 import fastsskd_kernels as kernels
 from fastsskd import distributed, flops
@@ -154,6 +155,8 @@ def measure(args: argparse.Namespace) -> dict:
     found, labelled = {LITERAL: literal, **rows.all(setting.rows(), batch, "ours")}, {}
     beside = statistics.median(found["ours"]["seconds"])
     literal["times_reference"] = [seconds / beside for seconds in literal["seconds"]]
+    if "spared_s" in literal:
+        literal["spared_times_reference"] = literal["spared_s"] / found["ours"]["spared_s"]
     gc.collect()
     if args.teachers:
         # Hundreds of classes, several to a clip, as in AudioSet.
@@ -184,6 +187,15 @@ def report(args: argparse.Namespace, found: dict, labelled: dict, rows: Rows) ->
         verdicts.append(common.verdict("ours against the literal pseudo code", literal["ratio"], ">=", 5.0, "x"))
     share = 100 * ours["utilisation"]
     verdicts.append(common.verdict("model FLOPs of the measured 16-bit matrix peak", share, ">=", 50.0, "%"))
+    best_peak = peak_of(rows.products, spared)
+    if "spared_times_reference" in literal:
+        share = 100 * counted.total * args.batch / ours["spared_s"] / best_peak
+        verdicts += [
+            common.verdict(
+                "without neighbours: against the pseudo code", literal["spared_times_reference"], ">=", 5.0, "x"
+            ),
+            common.verdict("without neighbours: of the matrix peak", share, ">=", 50.0, "%"),
+        ]
     versions = {name: version(name) for name in ("torch", "deepspeed", "timm")}
     command = f"python benchmarks/train_step.py --size {args.size} --batch {args.batch} --rounds {args.rounds}"
     command += "" if args.levers else " --no-levers"
@@ -200,6 +212,7 @@ def report(args: argparse.Namespace, found: dict, labelled: dict, rows: Rows) ->
         "peaks_teraflops": {
             "fp16" if args.fp16 else "bf16": statistics.median(peaks) / 1e12,
             "fp32": statistics.median(rows.float32_peaks) / 1e12,
+            **({} if GPU else {"16 bits without neighbours": best_peak / 1e12}),
         },
         "rows": found,
         "labelled": labelled,
@@ -220,18 +233,20 @@ def write(result: dict, out: Path) -> None:
         "",
         *common.verdict_lines(result["verdicts"]),
         "",
-        "| | s a step | clips/s | against ours | its range | utilisation | peak GB |",
-        "|---|---|---|---|---|---|---|",
+        "| | s a step | clips/s | against ours | its range | utilisation | "
+        + ("peak GB |" if GPU else "s without neighbours | against ours |"),
+        "|---|---|---|---|---|---|---|" + ("" if GPU else "---|"),
     ]
     for name, row in result["rows"].items():
         if "median_s" not in row:
-            lines.append(f"| {name} | {row.get('failed', 'not measured')} | | | | | |")
+            lines.append(f"| {name} | {row.get('failed', 'not measured')} | | | | | |" + ("" if GPU else " |"))
             continue
         pairs = row["times_reference"]
+        last = row["peak_gigabytes"] if GPU else f"{row['spared_s']:.3g} | {row.get('spared_times_reference', 1.0):.2f}"
         lines.append(
             f"| {name} | {row['median_s']:.3g} | {row['clips_per_second']:.3g} | {row.get('ratio', 1.0):.2f} | "
             f"{f'{min(pairs):.2f}-{max(pairs):.2f}' if pairs else ''} | {100 * row['utilisation']:.0f} % | "
-            f"{row.get('peak_gigabytes', '')} |"
+            f"{last} |"
         )
     lines += labelled_lines(result)
     waits = result["rows"]["ours"].get("host_waits_in_3_steps")
@@ -270,7 +285,7 @@ def main() -> None:
     parser.add_argument("--literal", action="store_true", help=argparse.SUPPRESS)  # a process of its own: its row
     args = parser.parse_args()
     if args.literal:
-        print(json.dumps(Rows(args).time(LITERAL, Setting(args).literal, make_batch(args.batch, args.seconds))[1]))
+        print(json.dumps(Rows(args).time(LITERAL, Setting(args).literal, make_batch(args.batch, args.seconds)).row))
         return
     distributed.start(DEVICE.type)
     write(measure(args), args.out)

@@ -210,6 +210,43 @@ def test_smoke_train_step(tmp_path):
     assert len(rows) == (14 if torch.cuda.is_available() else 16) and all(row["median_s"] > 0 for row in rows.values())
     assert found["labelled"]["labels only"]["share_of_teacher"] == 0.0
     assert "| labels and BEATs |" in (tmp_path / "train_step.md").read_text()
+    if not torch.cuda.is_available():  # no step is quicker than all its operations at their best
+        assert all(0 < row["spared_s"] <= min(row["seconds"]) for row in rows.values())
+
+
+def test_a_step_without_neighbours(script, monkeypatch):
+    """Three operations, one of them twice a step; a neighbour triples every time but each tenth."""
+    timing = script("step_timing")
+    steps = iter(range(40))
+
+    class Profile:
+        def __init__(self, **options):
+            self.slow = 1.0 if next(steps) % 10 == 0 else 3.0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def events(self):
+            times = (
+                ("mm", [[8, 8]], 1000.0),
+                ("mm", [[9, 9]], 200.0),
+                ("add", [[8, 8]], 30.0),
+                ("add", [[8, 8]], 30.0),
+            )
+            return [SimpleNamespace(name=n, input_shapes=s, self_cpu_time_total=self.slow * t) for n, s, t in times]
+
+    monkeypatch.setattr(timing.torch.profiler, "profile", Profile)
+    monkeypatch.setattr(timing, "seconds_of", lambda work: 0.01)
+    operations = timing.Operations()
+    assert [operations.time(lambda: None) for _ in range(40)] == [0.01] * 40
+    between = 0.01 - 3 * 1260e-6  # of a slow step: the least that was left
+    assert operations.seconds() == pytest.approx(between + 1260e-6)
+    assert timing.spared([5.0, 4.0, 3.0]) == 3.0 and timing.spared(range(100)) == 5
+    products = {(2, 3, 4): [1.0, 3.0], (1, 1, 1): [1.0, 1.0]}
+    assert timing.peak_of(products) == 24.0 and timing.peak_of(products, timing.spared) == 48.0
 
 
 @pytest.mark.slow
