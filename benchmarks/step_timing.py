@@ -185,20 +185,38 @@ class Rows:
             reference.operations.add(beside.operations)
             reference.row["spared_s"] = reference.operations.seconds()
 
-    def all(self, makers: dict[str, Callable[[], object]], batch: Batch, reference: str) -> dict[str, dict]:
-        """The rows of the table, each but ``reference`` beside it."""
+    def all(
+        self,
+        makers: dict[str, Callable[[], object]],
+        batch: Batch,
+        reference: str,
+        found: dict[str, dict],
+        keep: Callable[[], None],
+    ) -> None:
+        """Add the rows of the table to ``found``, each but ``reference`` beside it; ``keep`` is called after each."""
         first = self.time(reference, makers[reference], batch)
         if "failed" in first.row:
             raise SystemExit(f"{reference}: {first.row['failed']}")
         first.row["host_waits_in_3_steps"] = host_waits(first.engine, batch)
-        found = {reference: first.row}
+        found[reference] = first.row
+        keep()
         for name, make in makers.items():
             if name != reference:
-                found[name] = self.time(name, make, batch, first).row  # its engine goes before the next one comes
-                gc.collect()
-                if GPU:
-                    torch.cuda.empty_cache()
-        return found
+                timed = self.time(name, make, batch, first)
+                found[name] = timed.row
+                keep()
+                _let_go(timed)
+        _let_go(first)
+
+
+def _let_go(timed: Timed) -> None:
+    """Of its memory: DeepSpeed's hooks keep an engine until it is told to remove them."""
+    if timed.engine is not None:
+        timed.engine.destroy()
+    timed.engine = None
+    gc.collect()
+    if GPU:
+        torch.cuda.empty_cache()
 
 
 def matrix_units() -> str:

@@ -17,7 +17,6 @@ Last result, 2026-11-22: on two CPU cores 3.9 x the pseudo code at base size, 73
 """
 
 import argparse
-import gc
 import json
 import statistics
 import sys
@@ -149,25 +148,30 @@ def literal_alone(args: argparse.Namespace) -> dict:
 
 
 def measure(args: argparse.Namespace) -> dict:
+    """The result; what there is of it is written after each row: an hour is not lost with the last one."""
     setting, batch = Setting(args), make_batch(args.batch, args.seconds)
     rows = Rows(args)
-    literal = literal_alone(args)
-    found, labelled = {LITERAL: literal, **rows.all(setting.rows(), batch, "ours")}, {}
-    beside = statistics.median(found["ours"]["seconds"])
-    literal["times_reference"] = [seconds / beside for seconds in literal["seconds"]]
-    if "spared_s" in literal:
-        literal["spared_times_reference"] = literal["spared_s"] / found["ours"]["spared_s"]
-    gc.collect()
+    found, labelled = {LITERAL: literal_alone(args)}, {}
+
+    def keep() -> None:
+        write(report(args, found, labelled, rows), args.out)
+
+    rows.all(setting.rows(), batch, "ours", found, keep)
     if args.teachers:
         # Hundreds of classes, several to a clip, as in AudioSet.
         several = replace(batch, label=torch.nn.functional.one_hot(batch.label, len(CLASSES)).float())
         with tempfile.TemporaryDirectory() as folder:
-            labelled = rows.all(labelled_rows(setting, Path(folder)), several, "labels only")
+            rows.all(labelled_rows(setting, Path(folder)), several, "labels only", labelled, keep)
     return report(args, found, labelled, rows)
 
 
 def report(args: argparse.Namespace, found: dict, labelled: dict, rows: Rows) -> dict:
     counted, clones = (flops.pretrain_step(args.size, args.seconds, clones=number) for number in (1, 2))
+    ours, literal = found["ours"], found[LITERAL]
+    beside = statistics.median(ours["seconds"])
+    literal["times_reference"] = [seconds / beside for seconds in literal["seconds"]]
+    if "spared_s" in literal:
+        literal["spared_times_reference"] = literal["spared_s"] / ours["spared_s"]
     for row in (*found.values(), *labelled.values()):
         if row["seconds"]:
             row["median_s"] = statistics.median(row["seconds"])
@@ -181,7 +185,6 @@ def report(args: argparse.Namespace, found: dict, labelled: dict, rows: Rows) ->
             row["utilisation"] = work / statistics.mean(row["seconds"]) / statistics.mean(row["peaks"])
     for row in labelled.values():
         row["share_of_teacher"] = max(1.0 - 1.0 / row.get("ratio", 1.0), 0.0)
-    ours, literal = found["ours"], found[LITERAL]
     verdicts = []
     if "ratio" in literal:
         verdicts.append(common.verdict("ours against the literal pseudo code", literal["ratio"], ">=", 5.0, "x"))
@@ -220,7 +223,8 @@ def report(args: argparse.Namespace, found: dict, labelled: dict, rows: Rows) ->
     }
 
 
-def write(result: dict, out: Path) -> None:
+def write(result: dict, out: Path) -> str:
+    """The two files; returns the page."""
     about, parts = result["machine"], result["gigaflops_per_clip"]
     lines = ["# Training step", "", common.machine_line(about), "", f"Device: {about['device']}.", ""]
     lines += [
@@ -251,8 +255,9 @@ def write(result: dict, out: Path) -> None:
     lines += labelled_lines(result)
     waits = result["rows"]["ours"].get("host_waits_in_3_steps")
     lines += ["", f"Host waits for the device in three steps: {'not measured (no GPU)' if waits is None else waits}."]
-    common.write(out, "train_step_gpu" if GPU else "train_step", result, "\n".join(lines) + "\n")
-    print("\n".join(lines))
+    page = "\n".join(lines) + "\n"
+    common.write(out, "train_step_gpu" if GPU else "train_step", result, page)
+    return page
 
 
 def labelled_lines(result: dict) -> list[str]:
@@ -288,7 +293,7 @@ def main() -> None:
         print(json.dumps(Rows(args).time(LITERAL, Setting(args).literal, make_batch(args.batch, args.seconds)).row))
         return
     distributed.start(DEVICE.type)
-    write(measure(args), args.out)
+    print(write(measure(args), args.out), end="")
 
 
 if __name__ == "__main__":
