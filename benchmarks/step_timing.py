@@ -67,7 +67,8 @@ class Operations:
 
     On a shared machine a neighbour slows a step of seconds down nearly always, for a part of it; each operation, which
     the steps do dozens of times, is spared now and then. So each counts with its :func:`spared` time; what lies
-    between operations with the least that a step had. A compiled block is one operation.
+    between operations with the least that a step had. A compiled block is one operation. Where neighbours leave less
+    than a twentieth of the time alone, or a row is of few steps, this too is slower than the machine can be.
     """
 
     def __init__(self) -> None:
