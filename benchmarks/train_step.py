@@ -246,7 +246,9 @@ def write(result: dict, out: Path) -> str:
             lines.append(f"| {name} | {row.get('failed', 'not measured')} | | | | | |" + ("" if GPU else " |"))
             continue
         pairs = row["times_reference"]
-        last = row["peak_gigabytes"] if GPU else f"{row['spared_s']:.3g} | {row.get('spared_times_reference', 1.0):.2f}"
+        last = row.get("peak_gigabytes", "") if GPU else " | "
+        if "spared_s" in row:
+            last = f"{row['spared_s']:.3g} | {row.get('spared_times_reference', 1.0):.2f}"
         lines.append(
             f"| {name} | {row['median_s']:.3g} | {row['clips_per_second']:.3g} | {row.get('ratio', 1.0):.2f} | "
             f"{f'{min(pairs):.2f}-{max(pairs):.2f}' if pairs else ''} | {100 * row['utilisation']:.0f} % | "
