@@ -1,12 +1,17 @@
 """The step of the paper's pseudo code, taken literally, and each of its differences from ours by itself."""
 
+import contextlib
 import unittest.mock
+from collections.abc import Callable
 
+import timm.layers
 import torch
 from torch import Tensor, nn
 
 from fastsskd.attention import Attention
 from fastsskd.batch import Batch
+from fastsskd.layer_norm import LayerNorm
+from fastsskd.linear import Linear
 from fastsskd.pretrain import Pretrain
 from fastsskd.views import Views
 
@@ -73,16 +78,24 @@ class Plain:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-class AsParent(nn.Module):
-    """A module whose layers of one kind have their parent's forward pass: timm's attention, torch's linear maps."""
+class Patched(nn.Module):
+    """A module whose layers take another way forward: pairs of a class and what replaces methods of it."""
 
-    def __init__(self, module: nn.Module, kind: type[nn.Module]):
+    def __init__(self, module: nn.Module, *patches: tuple[type[nn.Module], dict[str, Callable]]):
         super().__init__()
-        self.module, self.kind = module, kind
+        self.module, self.patches = module, patches
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict]:
-        with unittest.mock.patch.object(self.kind, "forward", self.kind.__base__.forward):
+        with contextlib.ExitStack() as patched:
+            for kind, methods in self.patches:
+                patched.enter_context(unittest.mock.patch.multiple(kind, **methods))
             return self.module(batch)
+
+
+def with_torchs_layers(module: nn.Module) -> nn.Module:
+    """torch's linear maps, GELU and layer norms."""
+    layer_norm = (LayerNorm, {"forward": nn.LayerNorm.forward})
+    return Patched(module, (Linear, {"_takes": lambda layer, x: False}), layer_norm)
 
 
 def with_timm_attention(module: nn.Module, *, fused: bool) -> nn.Module:
@@ -90,4 +103,4 @@ def with_timm_attention(module: nn.Module, *, fused: bool) -> nn.Module:
     for layer in module.modules():
         if isinstance(layer, Attention):
             layer.fused_attn = fused
-    return AsParent(module, Attention)
+    return Patched(module, (Attention, {"forward": timm.layers.Attention.forward}))

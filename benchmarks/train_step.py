@@ -29,7 +29,7 @@ from pathlib import Path
 import common
 import deepspeed
 import torch
-from literal_step import AsParent, Literal, MaskedTokensToo, Plain, ThreePasses, with_timm_attention
+from literal_step import Literal, MaskedTokensToo, Plain, ThreePasses, with_timm_attention, with_torchs_layers
 from step_models import CLASSES, beats, save_ast, student
 from step_timing import DEVICE, GPU, Rows, matrix_units, peak_of, spared
 
@@ -38,7 +38,6 @@ from fastsskd import distributed, flops
 from fastsskd.attention import fused_attention
 from fastsskd.batch import Batch
 from fastsskd.config import LossConfig, MaskConfig, OptimConfig, StageConfig
-from fastsskd.linear import Linear
 from fastsskd.model import build_model
 from fastsskd.patches import num_input_frames
 from fastsskd.pretrain import Pretrain
@@ -94,7 +93,7 @@ class Setting:
         own_products = not fused_attention(DEVICE, torch.bfloat16 if self.precision == "bf16" else torch.float16)
         on_a_cpu = {
             "fused attention": lambda: timm_attention(True),
-            "linear maps as torch's": lambda: self.engine(AsParent(self.module(), Linear)),
+            "linear maps, GELU and norms as torch's": lambda: self.engine(with_torchs_layers(self.module())),
         }
         rows = {
             "ours": lambda: self.engine(self.module()),

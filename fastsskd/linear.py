@@ -1,17 +1,21 @@
-"""Linear maps of the model: torch's, but for bf16 on a CPU, where the bias is added inside the product.
+"""Linear maps of the model: torch's, but for bf16 on a CPU, where each pass over the numbers costs time.
 
 There torch copies the bias into each row of the result and lets the product add to it; oneDNN can add it to the sums
-before they are rounded and written. The digits are the same; what a step gains is the row "linear maps as torch's" of
-benchmarks/train_step.py.
+before they are rounded and written. In the backward pass torch reads what it has written once more for the bias's
+gradient, and slowly; ours is a sum beside GELU's gradient, or one quick reading. The digits are the same; what a step
+gains, with layer_norm.py, is the row "linear maps, GELU and norms as torch's" of benchmarks/train_step.py.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import timm.layers
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from fastsskd_kernels import bf16
 
 
 class Linear(nn.Linear):
@@ -27,10 +31,29 @@ class Linear(nn.Linear):
 
     def _takes(self, x: Tensor) -> bool:
         """Whether this is a case for :class:`OneProduct`. A compiler merges products and sums by itself."""
-        bf16 = x.dtype == self.weight.dtype == torch.bfloat16
-        if not bf16 or x.device.type != "cpu" or self.bias is None or torch.compiler.is_compiling():
+        ours = x.dtype == self.weight.dtype == torch.bfloat16
+        if not ours or x.device.type != "cpu" or self.bias is None or torch.compiler.is_compiling():
             return False
         return _onednn_multiplies_bf16()
+
+
+class LinearGelu(Linear):
+    """A linear map and GELU behind it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., D)`` -> ``(..., C)``."""
+        if torch.is_grad_enabled() and self._takes(x):
+            return ProductGelu.apply(x, self.weight, self.bias)
+        return nn.functional.gelu(super().forward(x))
+
+
+class Mlp(timm.layers.Mlp):
+    """timm's with GELU: its weights and its values."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.fc1.__class__ = LinearGelu
+        self.act = nn.Identity()
 
 
 def use_one_product(model: nn.Module) -> None:
@@ -52,17 +75,40 @@ class OneProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        for_x, for_weight, for_bias = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
-        return (
-            grad @ weight if for_x else None,
-            rows.t() @ x.reshape(-1, x.shape[-1]) if for_weight else None,
-            rows.sum(0) if for_bias else None,
-        )
+        grad = _rows(grad)
+        for_bias = bf16.column_sums(grad) if ctx.needs_input_grad[2] else None
+        return *_product_gradients(ctx, grad, x, weight), for_bias
+
+
+class ProductGelu(torch.autograd.Function):
+    """``gelu(x w' + b)``, likewise; keeps what GELU was given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        linear = _product(x, weight, bias)
+        ctx.save_for_backward(x, weight, linear)
+        return nn.functional.gelu(linear)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight, linear = ctx.saved_tensors
+        grad, for_bias = bf16.gelu_gradient(_rows(grad), _rows(linear))
+        return *_product_gradients(ctx, grad, x, weight), for_bias
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _product_gradients(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Of x and of the weight, where they are asked for; ``grad`` is ``(R, C)``."""
+    for_x, for_weight, _ = ctx.needs_input_grad
+    return (grad @ weight).view(x.shape) if for_x else None, grad.t() @ _rows(x) if for_weight else None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _onednn_multiplies_bf16() -> bool:

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fastsskd.attention import Attention
 from fastsskd.errors import UsageError
-from fastsskd.linear import use_one_product
+from fastsskd.layer_norm import LayerNorm
+from fastsskd.linear import Mlp, use_one_product
 from fastsskd.patches import NUM_MEL_BINS, PATCH, num_input_frames, patchify
 from fastsskd.stochastic_depth import use_depth
 
@@ -51,9 +52,9 @@ POOLINGS = ("mean", "attentive")
 
 def _blocks(dim: int, depth: int, heads: int, drop_path: float = 0.0) -> nn.ModuleList:
     """Pre-norm ViT blocks; stochastic depth grows linearly from 0 to ``drop_path``."""
-    norm = partial(nn.LayerNorm, eps=1e-6)
+    norm = partial(LayerNorm, eps=1e-6)
     rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-    options = {"qkv_bias": True, "norm_layer": norm, "attn_layer": Attention}
+    options = {"qkv_bias": True, "norm_layer": norm, "attn_layer": Attention, "mlp_layer": Mlp}
     return nn.ModuleList(use_depth(Block(dim, heads, **options), rate) for rate in rates)
 
 
@@ -95,7 +96,7 @@ class MAE(nn.Module):
         super().__init__()
         self.reduce = nn.Linear(embed_dim, dim)
         self.blocks = _blocks(dim, depth, num_heads)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = LayerNorm(dim, eps=1e-6)
         self.expand = nn.Linear(dim, embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
 
@@ -225,12 +226,12 @@ class ACM(nn.Module):
         if attention == "simam":
             for block in self.blocks:
                 block.ls1 = SimAM()  # timm's LayerScale, ours unused: after attention's projection, before the residual
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = LayerNorm(dim, eps=1e-6)
         self.mae = MAE(dim, size.mae_dim, size.mae_depth, size.mae_heads)
         self.decoder = nn.Sequential(
             nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim), nn.GELU(), nn.Linear(dim, PATCH * PATCH)
         )
-        self.head = nn.Sequential(nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, num_classes)) if num_classes else None
+        self.head = nn.Sequential(LayerNorm(dim, eps=1e-6), nn.Linear(dim, num_classes)) if num_classes else None
         self._initialise()
         # Drawn last: the other weights are the same with and without it.
         self.pool = AttentivePool(dim, size.num_heads) if num_classes and pooling == "attentive" else None

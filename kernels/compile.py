@@ -43,13 +43,13 @@ def _choose_folder() -> Path | None:
 cache_folder = _choose_folder()
 
 
-def njit(function: Callable, relax: frozenset[str] = frozenset()) -> Callable:
+def njit(function: Callable, relax: frozenset[str] = frozenset(), *, parallel: bool = False) -> Callable:
     """Compile ``function`` on its first call, without the GIL, and keep the machine code in ``cache_folder``.
 
     Floating-point rules stay strict, but for those of LLVM's fast-math flags that ``relax`` names: NaN and infinity
     keep their meaning, sums keep their order.
     """
-    options = {"nogil": True, "fastmath": set(relax)}
+    options = {"nogil": True, "fastmath": set(relax), "parallel": parallel}
     if cache_folder is None:
         return numba.njit(**options)(function)
     before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(cache_folder)
@@ -62,6 +62,11 @@ def njit(function: Callable, relax: frozenset[str] = frozenset()) -> Callable:
 def njit_fused(function: Callable) -> Callable:
     """As ``njit`` for a polynomial: a product and a sum may become one instruction, which rounds once."""
     return njit(function, frozenset({"contract"}))
+
+
+def njit_parallel(function: Callable) -> Callable:
+    """As ``njit`` for a function whose ``prange`` is shared among threads: a training step's, not a loader's."""
+    return njit(function, parallel=True)
 
 
 def njit_reordered(function: Callable) -> Callable:

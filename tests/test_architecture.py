@@ -27,8 +27,8 @@ FLOORS = (
     "inference.windows inference.npy_file profile.stats starting.report starting.vit_file",
     "config ds_config class_map patches clip_table clip_columns split manifest sound_events config_help "
     "layouts.files_present layouts.listed layouts.tar layouts.index",
-    "attention linear model flops losses augment decode clip_reader packed_clips recycle sampler stream loader "
-    "datasets stochastic_depth health schedule stages answers.stored evaluation.metrics evaluation.clip_lengths "
+    "attention layer_norm linear model flops losses augment decode clip_reader packed_clips recycle sampler stream "
+    "loader datasets stochastic_depth health schedule stages answers.stored evaluation.metrics evaluation.clip_lengths "
     "pack.shards plan.memory plan.cost plan.loader plan.measured plan.scale",
     "views weights starting.imagenet starting.initialise",
     "pretrain distill teachers",

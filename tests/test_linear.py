@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fastsskd import linear
-from fastsskd.linear import Linear, use_one_product
+from fastsskd.linear import Linear, LinearGelu, Mlp, use_one_product
 from fastsskd.model import build_model
 
 needs_bf16 = pytest.mark.skipif(not linear._onednn_multiplies_bf16(), reason="a processor without bf16 products")
@@ -35,6 +35,25 @@ def test_values_and_gradients_are_torchs(shape):
         assert torchs.shape == ours.shape and torchs.dtype == ours.dtype
         # The same digits where both are oneDNN's products; another library may round a last place otherwise.
         torch.testing.assert_close(ours, torchs, rtol=2**-7, atol=2**-7)
+
+
+@needs_bf16
+@pytest.mark.parametrize("shape", [(3, 20, 24), (20, 24), (24,), (0, 24)], ids=str)
+def test_with_gelu_behind_it(shape):
+    (torchs, ours), grad, found = both(24, 40), torch.randn(*shape[:-1], 40).bfloat16(), []
+    ours.__class__ = LinearGelu
+    values = torch.randn(shape).bfloat16()
+    for module in (nn.Sequential(torchs, nn.GELU()), ours):
+        x = values.clone().requires_grad_()
+        out = module(x)
+        out.backward(grad)
+        found.append([out.detach(), x.grad, *(p.grad for p in module.parameters())])
+        with torch.no_grad():
+            assert torch.equal(module(values), out)
+    for theirs, own in zip(*found, strict=True):
+        assert theirs.shape == own.shape and theirs.dtype == own.dtype
+        torch.testing.assert_close(own, theirs, rtol=2**-7, atol=2**-7)
+    assert torch.equal(ours.float()(values.float()), nn.functional.gelu(torchs.float()(values.float())))
 
 
 @needs_bf16
@@ -96,5 +115,6 @@ def test_all_linear_maps_of_the_model():
     """timm's in the blocks too; names and values of the weights are as before."""
     model = build_model("nano", 5, seconds=1.0, pooling="attentive")
     kinds = {type(module) for module in model.modules() if isinstance(module, nn.Linear)}
-    assert kinds == {Linear}
-    assert "blocks.0.attn.qkv.weight" in model.state_dict()
+    assert kinds == {Linear, LinearGelu}
+    assert all(type(block.mlp) is Mlp for block in [*model.blocks, *model.mae.blocks])
+    assert {"blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"} < set(model.state_dict())
