@@ -265,14 +265,14 @@ def labelled_lines(result: dict) -> list[str]:
     if not result["labelled"]:
         return []
     lines = ["", f"The labelled step of the {result['size']} model, {len(CLASSES)} classes, the same clips:", ""]
-    lines += ["| | s a step | the teacher's share of it | peak GB |", "|---|---|---|---|"]
+    lines += ["| | s a step | the teacher's share of it |" + (" peak GB |" if GPU else "")]
+    lines += ["|---|---|---|" + ("---|" if GPU else "")]
     for name, row in result["labelled"].items():
-        if "median_s" not in row:
-            lines.append(f"| {name} | {row.get('failed', 'not measured')} | | |")
-            continue
-        share = row["share_of_teacher"]
-        cells = [f"{row['median_s']:.3g}", "" if not share else f"{100 * share:.0f} %", row.get("peak_gigabytes", "")]
-        lines.append(f"| {name} | " + " | ".join(map(str, cells)) + " |")
+        cells = [row.get("failed", "not measured"), "", ""]
+        if "median_s" in row:
+            share = row["share_of_teacher"]
+            cells = [f"{row['median_s']:.3g}", f"{100 * share:.0f} %" if share else "", row.get("peak_gigabytes", "")]
+        lines.append(f"| {name} | " + " | ".join(map(str, cells if GPU else cells[:2])) + " |")
     return lines
 
 

@@ -5,6 +5,7 @@ reading of the same numbers. Torch's operations in float64 are the truth. As man
 they are changes no digit.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import numba
@@ -16,11 +17,15 @@ from fastsskd_kernels import bf16_cpu
 
 
 def column_sums(x: Tensor) -> Tensor:
-    """Sum over the rows, added in float32: ``(R, C)`` bf16 on a CPU -> ``(C,)`` bf16."""
-    bits = _bits(x)
-    sums = _per_part(bits)
+    """Sum over the rows, added in float32: ``(R, C)`` bf16 on a CPU -> ``(C,)`` bf16.
+
+    Raises:
+        ValueError: here and below, another shape, dtype or device.
+    """
+    rows = _bits("x", x, 2)
+    sums = _per_part(rows)
     _use_torchs_threads()
-    bf16_cpu.column_sums(bits, sums)
+    bf16_cpu.column_sums(rows, sums)
     return _total(sums)
 
 
@@ -35,11 +40,10 @@ def gelu_gradient(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``(R, C)`` and ``(C,)`` bf16.
     """
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    bits = _bits(x)
-    sums = _per_part(bits)
+    rows, out = _bits("x", x, 2), _empty(x)
+    sums = _per_part(rows)
     _use_torchs_threads()
-    bf16_cpu.times_slope(_bits(grad), bits, _gelu_slope(), _bits(out), sums)
+    bf16_cpu.times_slope(_bits("grad", grad, 2, x.shape), rows, _gelu_slope(), _bits("out", out, 2), sums)
     return out, _total(sums)
 
 
@@ -53,14 +57,13 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Ten
 
     Returns:
         ``(R, C)`` bf16; mean and inverse standard deviation of each row, ``(R,)`` float32. Torch keeps the two in bf16,
-        which costs its gradient three digits of the float32 it is worked out in.
+        and works its gradient out with them.
     """
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rows, out = _bits("x", x, 2), _empty(x)
     mean, rstd = x.new_empty(2, len(x), dtype=torch.float32)
+    by_column = [_bits(name, value, 1, x.shape[1:]) for name, value in (("weight", weight), ("bias", bias))]
     _use_torchs_threads()
-    bf16_cpu.layer_norm_rows(
-        _bits(x), _bits(weight), _bits(bias), np.float32(eps), _bits(out), mean.numpy(), rstd.numpy()
-    )
+    bf16_cpu.layer_norm_rows(rows, *by_column, np.float32(eps), _bits("out", out, 2), mean.numpy(), rstd.numpy())
     return out, mean, rstd
 
 
@@ -77,23 +80,28 @@ def layer_norm_gradient(
     Returns:
         The gradients of x ``(R, C)``, weight and bias ``(C,)``, all bf16.
     """
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    bits = _bits(x)
-    for_weight, for_bias = _per_part(bits), _per_part(bits)
+    rows, out = _bits("x", x, 2), _empty(x)
+    for_weight, for_bias = _per_part(rows), _per_part(rows)
+    given = _bits("grad", grad, 2, x.shape), rows, _bits("weight", weight, 1, x.shape[1:]), mean.numpy(), rstd.numpy()
     _use_torchs_threads()
-    bf16_cpu.layer_norm_back_rows(
-        _bits(grad), bits, _bits(weight), mean.numpy(), rstd.numpy(), _bits(out), for_weight, for_bias
-    )
+    bf16_cpu.layer_norm_back_rows(*given, _bits("out", out, 2), for_weight, for_bias)
     return out, _total(for_weight), _total(for_bias)
 
 
-def _bits(x: Tensor) -> np.ndarray:
+def _bits(name: str, x: Tensor, dimensions: int, shape: Sequence[int] | None = None) -> np.ndarray:
     """A tensor's bf16 numbers as uint16; the same memory where they are contiguous."""
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.ndim != dimensions or shape not in (None, x.shape):
+        wanted = tuple(shape) if shape is not None else f"of {dimensions} dimensions"
+        raise ValueError(f"{name}: expected bfloat16 {wanted} on a CPU, got {x.dtype} {tuple(x.shape)} on {x.device}")
     return x.detach().contiguous().view(torch.uint16).numpy()
 
 
-def _per_part(bits: np.ndarray) -> np.ndarray:
-    return np.empty((bf16_cpu.PARTS, bits.shape[1]), np.float32)
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _per_part(rows: np.ndarray) -> np.ndarray:
+    return np.empty((bf16_cpu.PARTS, rows.shape[1]), np.float32)
 
 
 def _total(sums: np.ndarray) -> Tensor:

@@ -119,3 +119,18 @@ def test_a_bad_number_stays_in_sight(bad):
     assert for_x[66].isnan().all() and for_x[:66].isfinite().all() and for_weight.isnan().all()
     if bad != bad:
         assert slope[66, 3].isnan() and slope_sums[3].isnan()
+
+
+def test_what_does_not_fit_is_refused():
+    """Before numba, which reads what lies behind an array."""
+    x, column = normal(0, 5, 8), normal(0, 8)
+    for wrong in (
+        lambda: bf16.column_sums(x.float()),
+        lambda: bf16.column_sums(column),
+        lambda: bf16.gelu_gradient(x[:4], x),
+        lambda: bf16.layer_norm(x, column[:7], column, 1e-6),
+        lambda: bf16.layer_norm(x, column, column.float(), 1e-6),
+        lambda: bf16.layer_norm_gradient(x, x, column[:7], torch.zeros(5), torch.ones(5)),
+    ):
+        with pytest.raises(ValueError, match=r"expected bfloat16 .* on a CPU, got torch"):
+            wrong()
