@@ -4,6 +4,7 @@ same processor never slowed it down, and what makes the host wait."""
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import math
 import statistics
@@ -18,6 +19,7 @@ import common
 import torch
 
 from fastsskd.batch import Batch
+from fastsskd_kernels.product import fits, product
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -40,21 +42,28 @@ def seconds_of(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def matrix_products(dtype: torch.dtype) -> dict[tuple[int, int, int], list[float]]:
-    """Large matrix products, ``(m, k) x (k, n)``: how long each of several repetitions took."""
+Products = dict[tuple[str, int, int, int], list[float]]
+"""Whose matrix product, ``(m, k) x (k, n)``: how long each of several repetitions took."""
+
+
+def matrix_products(dtype: torch.dtype) -> Products:
+    """Large ones: torch's, and on a CPU's matrix unit ours."""
     found, times = {}, 30 if GPU else 8
     for m, k, n in ((4096, 768, 3072), (4096, 3072, 768), (2048, 2048, 2048), (8192, 8192, 8192))[: 4 if GPU else 3]:
         a, b = torch.randn(m, k, device=DEVICE, dtype=dtype), torch.randn(k, n, device=DEVICE, dtype=dtype)
-        seconds_of(lambda a=a, b=b: a @ b)
-        found[m, k, n] = [seconds_of(lambda a=a, b=b: a @ b) for _ in range(times)]
+        ways = {"torch": torch.mm}
+        if dtype == torch.bfloat16 and not GPU and fits(m, k, n):
+            ways["ours"] = product
+        for name, multiply in ways.items():
+            multiply(a, b)
+            work = functools.partial(multiply, a, b)
+            found[name, m, k, n] = [seconds_of(work) for _ in range(times)]
     return found
 
 
-def peak_of(
-    products: dict[tuple[int, int, int], list[float]], typical: Callable[[Sequence[float]], float] = statistics.mean
-) -> float:
+def peak_of(products: Products, typical: Callable[[Sequence[float]], float] = statistics.mean) -> float:
     """FLOP/s of the best of them; of its repetitions the mean, unless told."""
-    return max(2.0 * math.prod(shape) / typical(seconds) for shape, seconds in products.items())
+    return max(2.0 * math.prod(sizes) / typical(seconds) for (_, *sizes), seconds in products.items())
 
 
 def spared(seconds: Sequence[float]) -> float:
@@ -135,14 +144,14 @@ class Rows:
 
     Attributes:
         float32_peaks: FLOP/s, one of each row.
-        products: of all that were made between the steps, how long they took.
+        products: of all steps, together.
     """
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.dtype = args, torch.float16 if args.fp16 else torch.bfloat16
         self.watch = common.IdleWatch(args.patience)
         self.float32_peaks: list[float] = []
-        self.products: dict[tuple[int, int, int], list[float]] = defaultdict(list)
+        self.products: Products = defaultdict(list)
 
     def time(self, name: str, make: Callable[[], object], batch: Batch, reference: Timed | None = None) -> Timed:
         """An engine and its row: seconds of each step, the peak measured around it and, where there is a
@@ -174,7 +183,7 @@ class Rows:
         print(name, row, file=sys.stderr, flush=True)
         return timed
 
-    def _sample(self, timed: Timed, batch: Batch, before: dict) -> tuple[float, dict]:
+    def _sample(self, timed: Timed, batch: Batch, before: Products) -> tuple[float, Products]:
         """Seconds of a step, and the matrix products after it; ``before`` are those right before."""
         self.watch.wait()
         took = (seconds_of if GPU else timed.operations.time)(lambda: one_step(timed.engine, batch))

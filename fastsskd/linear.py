@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastsskd_kernels import bf16
+from fastsskd_kernels.product import fits, product
 
 
 class Linear(nn.Linear):
@@ -98,13 +99,18 @@ class ProductGelu(torch.autograd.Function):
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    rows = _rows(x)
+    if fits(*rows.shape, len(weight)):
+        return product(rows, weight.t(), bias).view(*x.shape[:-1], len(weight))
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def _product_gradients(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Of x and of the weight, where they are asked for; ``grad`` is ``(R, C)``."""
     for_x, for_weight, _ = ctx.needs_input_grad
-    return (grad @ weight).view(x.shape) if for_x else None, grad.t() @ _rows(x) if for_weight else None
+    rows = _rows(x)
+    multiply = product if fits(*grad.shape, rows.shape[1]) else torch.mm
+    return multiply(grad, weight).view(x.shape) if for_x else None, multiply(grad.t(), rows) if for_weight else None
 
 
 def _rows(x: Tensor) -> Tensor:

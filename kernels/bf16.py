@@ -5,15 +5,14 @@ reading of the same numbers. Torch's operations in float64 are the truth. As man
 they are changes no digit.
 """
 
-from collections.abc import Sequence
 from functools import cache
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastsskd_kernels import bf16_cpu
+from fastsskd_kernels.torch_arrays import bits, use_torchs_threads
 
 
 def column_sums(x: Tensor) -> Tensor:
@@ -22,9 +21,9 @@ def column_sums(x: Tensor) -> Tensor:
     Raises:
         ValueError: here and below, another shape, dtype or device.
     """
-    rows = _bits("x", x, 2)
+    rows = bits("x", x, 2)
     sums = _per_part(rows)
-    _use_torchs_threads()
+    use_torchs_threads()
     bf16_cpu.column_sums(rows, sums)
     return _total(sums)
 
@@ -40,10 +39,10 @@ def gelu_gradient(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``(R, C)`` and ``(C,)`` bf16.
     """
-    rows, out = _bits("x", x, 2), _empty(x)
+    rows, out = bits("x", x, 2), _empty(x)
     sums = _per_part(rows)
-    _use_torchs_threads()
-    bf16_cpu.times_slope(_bits("grad", grad, 2, x.shape), rows, _gelu_slope(), _bits("out", out, 2), sums)
+    use_torchs_threads()
+    bf16_cpu.times_slope(bits("grad", grad, 2, x.shape), rows, _gelu_slope(), bits("out", out, 2), sums)
     return out, _total(sums)
 
 
@@ -59,11 +58,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Ten
         ``(R, C)`` bf16; mean and inverse standard deviation of each row, ``(R,)`` float32. Torch keeps the two in bf16,
         and works its gradient out with them.
     """
-    rows, out = _bits("x", x, 2), _empty(x)
+    rows, out = bits("x", x, 2), _empty(x)
     mean, rstd = x.new_empty(2, len(x), dtype=torch.float32)
-    by_column = [_bits(name, value, 1, x.shape[1:]) for name, value in (("weight", weight), ("bias", bias))]
-    _use_torchs_threads()
-    bf16_cpu.layer_norm_rows(rows, *by_column, np.float32(eps), _bits("out", out, 2), mean.numpy(), rstd.numpy())
+    by_column = [bits(name, value, 1, x.shape[1:]) for name, value in (("weight", weight), ("bias", bias))]
+    use_torchs_threads()
+    bf16_cpu.layer_norm_rows(rows, *by_column, np.float32(eps), bits("out", out, 2), mean.numpy(), rstd.numpy())
     return out, mean, rstd
 
 
@@ -80,20 +79,12 @@ def layer_norm_gradient(
     Returns:
         The gradients of x ``(R, C)``, weight and bias ``(C,)``, all bf16.
     """
-    rows, out = _bits("x", x, 2), _empty(x)
+    rows, out = bits("x", x, 2), _empty(x)
     for_weight, for_bias = _per_part(rows), _per_part(rows)
-    given = _bits("grad", grad, 2, x.shape), rows, _bits("weight", weight, 1, x.shape[1:]), mean.numpy(), rstd.numpy()
-    _use_torchs_threads()
-    bf16_cpu.layer_norm_back_rows(*given, _bits("out", out, 2), for_weight, for_bias)
+    given = bits("grad", grad, 2, x.shape), rows, bits("weight", weight, 1, x.shape[1:]), mean.numpy(), rstd.numpy()
+    use_torchs_threads()
+    bf16_cpu.layer_norm_back_rows(*given, bits("out", out, 2), for_weight, for_bias)
     return out, _total(for_weight), _total(for_bias)
-
-
-def _bits(name: str, x: Tensor, dimensions: int, shape: Sequence[int] | None = None) -> np.ndarray:
-    """A tensor's bf16 numbers as uint16; the same memory where they are contiguous."""
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.ndim != dimensions or shape not in (None, x.shape):
-        wanted = tuple(shape) if shape is not None else f"of {dimensions} dimensions"
-        raise ValueError(f"{name}: expected bfloat16 {wanted} on a CPU, got {x.dtype} {tuple(x.shape)} on {x.device}")
-    return x.detach().contiguous().view(torch.uint16).numpy()
 
 
 def _empty(x: Tensor) -> Tensor:
@@ -106,11 +97,6 @@ def _per_part(rows: np.ndarray) -> np.ndarray:
 
 def _total(sums: np.ndarray) -> Tensor:
     return torch.from_numpy(sums.sum(0)).bfloat16()
-
-
-def _use_torchs_threads() -> None:
-    """numba takes every core by itself; ranks share a machine."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
 
 
 @cache

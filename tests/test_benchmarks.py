@@ -245,7 +245,7 @@ def test_a_step_without_neighbours(script, monkeypatch):
     between = 0.01 - 3 * 1260e-6  # of a slow step: the least that was left
     assert operations.seconds() == pytest.approx(between + 1260e-6)
     assert timing.spared([5.0, 4.0, 3.0]) == 3.0 and timing.spared(range(100)) == 5
-    products = {(2, 3, 4): [1.0, 3.0], (1, 1, 1): [1.0, 1.0]}
+    products = {("torch", 2, 3, 4): [1.0, 3.0], ("ours", 2, 3, 4): [2.0, 4.0], ("torch", 1, 1, 1): [1.0, 1.0]}
     assert timing.peak_of(products) == 24.0 and timing.peak_of(products, timing.spared) == 48.0
 
 

@@ -1,0 +1,100 @@
+"""The numba loops of ``product``: factors are packed into tiles, and squares of the result are summed in registers."""
+
+from numba import prange
+
+from fastsskd_kernels import tiles
+from fastsskd_kernels.compile import njit, njit_parallel
+from fastsskd_kernels.simd import fence
+from fastsskd_kernels.tiles import SIDE, TILE
+
+BLOCK = 128
+"""Rows of the result that a thread takes at a time."""
+DEEPEST = 3072
+"""Places of the sum that are packed at a time: a block's tiles are then 768 KB, less than half of a core's L2 cache."""
+SQUARE = SIDE * SIDE
+"""Numbers in a square of the result."""
+
+
+@njit_parallel
+def multiply(a, a_stride, a_rows, b, b_stride, b_rows, bias, depth, packed, blocks, squares, sums, tickets, out):
+    """out (M, N) = a b + bias, added up over ``depth`` places.
+
+    a, b: flat bf16; ``stride`` numbers lie between the rows of one that lies by ``rows``, else between its columns.
+    bias: (N,) float32.
+    packed, blocks, squares: room for b's tiles, and each thread's for a block of a's and for a SQUARE of sums.
+    sums: (M, N) float32 where depth exceeds DEEPEST, else anything.
+    tickets: zeros, one for each DEEPEST places.
+    """
+    for chunk in range(len(tickets)):
+        start, end = chunk * DEEPEST, min(depth, (chunk + 1) * DEEPEST)
+        for i in prange((out.shape[1] + BLOCK - 1) // BLOCK):
+            pack_second(b, b_stride, b_rows, start, end, i * BLOCK, min(out.shape[1], (i + 1) * BLOCK), packed)
+        for thread in prange(len(blocks)):
+            share = (packed, blocks[thread], squares[thread], sums, tickets[chunk : chunk + 1])
+            work(a, a_stride, a_rows, bias, start, end, end == depth, share, out)
+
+
+@njit
+def pack_second(b, stride, by_rows, start, end, first, last, packed):
+    """Tiles of 16 columns, from ``first`` to ``last``, and from ``start`` to ``end`` of the sum.
+
+    Here and below, what lies beside each other in memory is read in turn.
+    """
+    deep = (end - start) * 16
+    if by_rows:
+        for k in range(start, end, SIDE):
+            for j in range(first, last, 16):
+                tiles.pack_columns(b, k * stride + j, stride, packed, (j // 16) * deep + (k - start) * 16)
+    else:
+        for j in range(first, last, 16):
+            for k in range(start, end, SIDE):
+                tiles.pack_columns_of_transposed(b, j * stride + k, stride, packed, (j // 16) * deep + (k - start) * 16)
+
+
+@njit
+def pack_first(a, stride, by_rows, start, end, first, last, block):
+    """Tiles of 16 rows, likewise."""
+    deep = (end - start) * 16
+    if by_rows:
+        for i in range(first, last, 16):
+            for k in range(start, end, SIDE):
+                tiles.pack_rows(a, i * stride + k, stride, block, ((i - first) // 16) * deep + (k - start) * 16)
+    else:
+        for k in range(start, end, SIDE):
+            for i in range(first, last, 16):
+                there = ((i - first) // 16) * deep + (k - start) * 16
+                tiles.pack_rows_of_transposed(a, k * stride + i, stride, block, there)
+
+
+@njit
+def work(a, stride, by_rows, bias, start, end, last, share, out):
+    """One thread's blocks of rows: the next one, as long as there is one. Cores of a shared machine differ in speed."""
+    packed, block, square, sums, ticket = share
+    rows, columns = out.shape
+    flat, kept = out.reshape(-1), sums.reshape(-1)
+    deep = (end - start) * 16
+    tiles.configure()
+    top = tiles.next_ticket(ticket) * BLOCK
+    while top < rows:
+        height = min(BLOCK, rows - top)
+        pack_first(a, stride, by_rows, start, end, top, top + height, block)
+        for column in range(0, columns, SIDE):
+            right = (column // 16) * deep
+            for row in range(0, height, SIDE):
+                there = (top + row) * columns + column
+                if start > 0:
+                    tiles.resume(kept, there, columns)
+                else:
+                    tiles.clear()
+                left = (row // 16) * deep
+                for k in range(0, deep, TILE):
+                    tiles.add_products(block, left + k, left + deep + k, packed, right + k, right + deep + k)
+                if not last:
+                    tiles.keep(kept, there, columns)
+                    continue
+                tiles.keep(square, 0, SIDE)
+                for i in range(SIDE):
+                    tiles.write_row(square, i * SIDE, bias, column, flat, there + i * columns)
+        top = tiles.next_ticket(ticket) * BLOCK
+    tiles.release()
+    fence()
