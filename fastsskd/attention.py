@@ -1,8 +1,9 @@
-"""Self-attention of the blocks: torch's fused one, but for bf16 on a CPU, where training has its own matrix products.
+"""Self-attention of the blocks: torch's fused one, but for bf16 on a CPU, where training has its own.
 
 There the backward pass of torch's fused attention takes two to four times as long as plain products do, with 128 to 512
-tokens. Plain products write the probabilities, 100 MB a block for 16 clips of the base model, and read them twice; a
-clip at a time, what one product has written is still in the cache for the next (benchmarks/train_step.py).
+tokens. With a matrix unit attention is a kernel of ours, half as long again (benchmarks/train_step.py). Without one it
+is plain products. They write the probabilities, 100 MB a block for 16 clips of the base model, and read them twice; a
+clip at a time, what one product has written is still in the cache for the next.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import timm.layers
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from fastsskd_kernels.attention import attention, attention_gradient, fits
 
 AT_A_TIME = 1 << 22
 """Probabilities that are worked on at a time: 8 MB in bf16, a clip of the base model."""
@@ -34,9 +37,30 @@ class Attention(timm.layers.Attention):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
         """``(B, N, D)`` tokens -> ``(B, N, D)``. A mask, which no block here is given, is for timm's way alone."""
         masked = attn_mask is not None or any(options.values())
-        if masked or fused_attention(x.device, x.dtype) or not torch.is_grad_enabled():
+        if masked or fused_attention(x.device, x.dtype):
             return super().forward(x, attn_mask, **options)
+        wanted = torch.is_grad_enabled()
+        if not torch.compiler.is_compiling() and fits(x.shape[1], self.head_dim):
+            qkv = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim))
+            return self.proj((MatrixUnit.apply(qkv) if wanted else attention(qkv, False)[0]).flatten(2))
+        if not wanted:
+            return super().forward(x)
         return self.proj(MatrixProducts.apply(self.qkv(x), self.num_heads))
+
+
+class MatrixUnit(torch.autograd.Function):
+    """:func:`fastsskd_kernels.attention.attention` and its gradient: ``(B, N, 3, H, d)`` to ``(B, N, H, d)``."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor) -> Tensor:
+        out, probs = attention(qkv, True)
+        ctx.save_for_backward(qkv, probs)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return attention_gradient(grad, *ctx.saved_tensors)
 
 
 class MatrixProducts(torch.autograd.Function):

@@ -28,15 +28,16 @@ def multiply(a, a_stride, a_rows, b, b_stride, b_rows, bias, depth, packed, bloc
     for chunk in range(len(tickets)):
         start, end = chunk * DEEPEST, min(depth, (chunk + 1) * DEEPEST)
         for i in prange((out.shape[1] + BLOCK - 1) // BLOCK):
-            pack_second(b, b_stride, b_rows, start, end, i * BLOCK, min(out.shape[1], (i + 1) * BLOCK), packed)
+            pack_second(b, 0, b_stride, b_rows, start, end, i * BLOCK, min(out.shape[1], (i + 1) * BLOCK), packed)
         for thread in prange(len(blocks)):
             share = (packed, blocks[thread], squares[thread], sums, tickets[chunk : chunk + 1])
             work(a, a_stride, a_rows, bias, start, end, end == depth, share, out)
 
 
 @njit
-def pack_second(b, stride, by_rows, start, end, first, last, packed):
-    """Tiles of 16 columns, from ``first`` to ``last``, and from ``start`` to ``end`` of the sum.
+def pack_second(b, corner, stride, by_rows, start, end, first, last, packed):
+    """Tiles of 16 columns, from ``first`` to ``last``, and from ``start`` to ``end`` of the sum; ``b[corner]`` is the
+    matrix's own first number.
 
     Here and below, what lies beside each other in memory is read in turn.
     """
@@ -44,26 +45,29 @@ def pack_second(b, stride, by_rows, start, end, first, last, packed):
     if by_rows:
         for k in range(start, end, SIDE):
             for j in range(first, last, 16):
-                tiles.pack_columns(b, k * stride + j, stride, packed, (j // 16) * deep + (k - start) * 16)
+                to = (j // 16) * deep + (k - start) * 16
+                tiles.pack_columns(b, corner + k * stride + j, stride, packed, to)
     else:
         for j in range(first, last, 16):
             for k in range(start, end, SIDE):
-                tiles.pack_columns_of_transposed(b, j * stride + k, stride, packed, (j // 16) * deep + (k - start) * 16)
+                to = (j // 16) * deep + (k - start) * 16
+                tiles.pack_columns_of_transposed(b, corner + j * stride + k, stride, packed, to)
 
 
 @njit
-def pack_first(a, stride, by_rows, start, end, first, last, block):
+def pack_first(a, corner, stride, by_rows, start, end, first, last, block):
     """Tiles of 16 rows, likewise."""
     deep = (end - start) * 16
     if by_rows:
         for i in range(first, last, 16):
             for k in range(start, end, SIDE):
-                tiles.pack_rows(a, i * stride + k, stride, block, ((i - first) // 16) * deep + (k - start) * 16)
+                to = ((i - first) // 16) * deep + (k - start) * 16
+                tiles.pack_rows(a, corner + i * stride + k, stride, block, to)
     else:
         for k in range(start, end, SIDE):
             for i in range(first, last, 16):
-                there = ((i - first) // 16) * deep + (k - start) * 16
-                tiles.pack_rows_of_transposed(a, k * stride + i, stride, block, there)
+                to = ((i - first) // 16) * deep + (k - start) * 16
+                tiles.pack_rows_of_transposed(a, corner + k * stride + i, stride, block, to)
 
 
 @njit
@@ -77,24 +81,34 @@ def work(a, stride, by_rows, bias, start, end, last, share, out):
     top = tiles.next_ticket(ticket) * BLOCK
     while top < rows:
         height = min(BLOCK, rows - top)
-        pack_first(a, stride, by_rows, start, end, top, top + height, block)
+        pack_first(a, 0, stride, by_rows, start, end, top, top + height, block)
         for column in range(0, columns, SIDE):
-            right = (column // 16) * deep
             for row in range(0, height, SIDE):
                 there = (top + row) * columns + column
                 if start > 0:
                     tiles.resume(kept, there, columns)
                 else:
                     tiles.clear()
-                left = (row // 16) * deep
-                for k in range(0, deep, TILE):
-                    tiles.add_products(block, left + k, left + deep + k, packed, right + k, right + deep + k)
-                if not last:
+                add_products(block, row * deep // 16, packed, column * deep // 16, deep)
+                if last:
+                    write_square(square, bias, column, flat, there, columns)
+                else:
                     tiles.keep(kept, there, columns)
-                    continue
-                tiles.keep(square, 0, SIDE)
-                for i in range(SIDE):
-                    tiles.write_row(square, i * SIDE, bias, column, flat, there + i * columns)
         top = tiles.next_ticket(ticket) * BLOCK
     tiles.release()
     fence()
+
+
+@njit
+def add_products(block, left, packed, right, deep):
+    """To the square of sums: two tiles' rows from ``left`` on times two tiles' columns from ``right`` on."""
+    for k in range(0, deep, TILE):
+        tiles.add_products(block, left + k, left + deep + k, packed, right + k, right + deep + k)
+
+
+@njit
+def write_square(square, bias, column, out, there, stride):
+    """The square of sums plus bias[column:] to bf16 rows from out[there] on, ``stride`` apart; ``square`` is room."""
+    tiles.keep(square, 0, SIDE)
+    for i in range(SIDE):
+        tiles.write_row(square, i * SIDE, bias, column, out, there + i * stride)

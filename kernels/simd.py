@@ -8,6 +8,7 @@ its eight rows do not overlap), so the vector is made explicit: numba sees one m
 Products and sums may be contracted to a fused multiply-add; nothing else about IEEE arithmetic is relaxed.
 """
 
+import math
 import operator
 
 import llvmlite.binding
@@ -20,6 +21,19 @@ from numba.extending import intrinsic, lower_builtin, models, register_model, ty
 LANES = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8
 VECTOR_BYTES = 4 * LANES
 _VECTOR = ir.VectorType(ir.FloatType(), LANES)
+
+_CONTRACT = ("contract",)
+_POWER = [math.log(2.0) ** i / math.factorial(i) for i in range(6)]
+
+
+class BFloat(ir.Type):
+    """LLVM's type, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+
+_BFLOATS = ir.VectorType(BFloat(), LANES)
 
 
 class Lanes(types.Type):
@@ -107,12 +121,77 @@ load_but_first, load_but_last = _define_load_but(0), _define_load_but(LANES - 1)
 """load_but_first(array, row, column, other) -> Lanes: as ``load``, but the first lane is ``other``'s; or the last."""
 
 
-@intrinsic
-def square_root(typingctx, vector):
-    """square_root(vector) -> Lanes."""
+def _define_function(name: str, llvms: str, count: int = 1):
+    """An intrinsic of so many vectors that is one of LLVM's own functions."""
 
     def generate(context, builder, signature, arguments):
-        return _call_llvm(builder, "sqrt", arguments)
+        return _call_llvm(builder, llvms, arguments)
+
+    if count == 1:
+
+        @intrinsic
+        def of_vectors(typingctx, vector):
+            return lanes(vector), generate
+
+    else:
+
+        @intrinsic
+        def of_vectors(typingctx, a, b):
+            return lanes(a, b), generate
+
+    return of_vectors
+
+
+square_root = _define_function("square_root", "sqrt")
+"""square_root(vector) -> Lanes."""
+largest = _define_function("largest", "maxnum", 2)
+"""largest(a, b) -> Lanes: of each lane the larger number."""
+
+
+def _define_reduction(llvms: str, start: float | None = None):
+    """An intrinsic that makes one number of all lanes, in any order."""
+
+    @intrinsic
+    def over_lanes(typingctx, vector):
+        def generate(context, builder, signature, arguments):
+            number = ir.FloatType()
+            given = ([] if start is None else [ir.Constant(number, start)]) + list(arguments)
+            kind = ir.FunctionType(number, [value.type for value in given])
+            function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.{llvms}.v{LANES}f32")
+            return builder.call(function, given, fastmath=("reassoc",))
+
+        return types.float32(vector), generate
+
+    return over_lanes
+
+
+sum_of = _define_reduction("fadd", -0.0)
+"""sum_of(vector) -> float32."""
+largest_of = _define_reduction("fmax")
+"""largest_of(vector) -> float32."""
+
+
+@intrinsic
+def power_of_2(typingctx, vector):
+    """power_of_2(vector) -> Lanes: 2 to the power of each, within 4 millionths of it, from -126 to 127.
+
+    Below -126 as of -126. A polynomial of what is left of the nearest integer, which goes into the exponent.
+    """
+
+    def generate(context, builder, signature, arguments):
+        def every(value):
+            return ir.Constant(_VECTOR, [value] * LANES)
+
+        words = ir.VectorType(cgutils.int32_t, LANES)
+        # The second operand is what comes out where the first is NaN: a NaN.
+        given = builder.select(builder.fcmp_ordered("<", arguments[0], every(-126.0)), every(-126.0), arguments[0])
+        whole = _call_llvm(builder, "rint", [given])
+        left = builder.fsub(given, whole)
+        value = every(_POWER[-1])
+        for coefficient in reversed(_POWER[:-1]):
+            value = builder.fadd(builder.fmul(value, left, flags=_CONTRACT), every(coefficient), flags=_CONTRACT)
+        exponent = builder.shl(builder.fptosi(whole, words), ir.Constant(words, [23] * LANES))
+        return builder.bitcast(builder.add(builder.bitcast(value, words), exponent), _VECTOR)
 
     return lanes(vector), generate
 
@@ -124,6 +203,35 @@ def store(typingctx, array, row, column, value):
     def generate(context, builder, signature, arguments):
         row, column = _index(context, builder, signature, arguments, (1, 2))
         _store(builder, arguments[3], _address_2d(context, builder, signature.args[0], arguments[0], row, column))
+        return context.get_dummy_value()
+
+    return types.none(array, row, column, value), generate
+
+
+@intrinsic
+def load_bf16(typingctx, array, row, column):
+    """load_bf16(array, row, column) -> Lanes: as ``load`` from bf16 numbers, which numba sees as uint16."""
+
+    def generate(context, builder, signature, arguments):
+        row, column = _index(context, builder, signature, arguments, (1, 2))
+        there = _address_2d(context, builder, signature.args[0], arguments[0], row, column)
+        halves = builder.load(builder.bitcast(there, ir.VectorType(ir.IntType(16), LANES).as_pointer()), align=2)
+        words = ir.VectorType(cgutils.int32_t, LANES)
+        upper = builder.shl(builder.zext(halves, words), ir.Constant(words, [16] * LANES))
+        return builder.bitcast(upper, _VECTOR)
+
+    return lanes(array, row, column), generate
+
+
+@intrinsic
+def store_bf16(typingctx, array, row, column, value):
+    """store_bf16(array, row, column, value): as ``store``, each rounded to the nearest bf16, of two to the even one."""
+
+    def generate(context, builder, signature, arguments):
+        row, column = _index(context, builder, signature, arguments, (1, 2))
+        there = _address_2d(context, builder, signature.args[0], arguments[0], row, column)
+        rounded = builder.fptrunc(arguments[3], _BFLOATS)
+        builder.store(rounded, builder.bitcast(there, _BFLOATS.as_pointer()), align=2)
         return context.get_dummy_value()
 
     return types.none(array, row, column, value), generate

@@ -1,0 +1,155 @@
+"""The numba loops of ``attention``: a head of a clip at a time, whose numbers stay in a core's cache."""
+
+import numpy as np
+from numba import prange
+
+from fastsskd_kernels import tiles
+from fastsskd_kernels.compile import njit, njit_parallel
+from fastsskd_kernels.product_cpu import add_products, pack_first, pack_second, write_square
+from fastsskd_kernels.simd import (
+    LANES,
+    fence,
+    largest,
+    largest_of,
+    load,
+    load_bf16,
+    power_of_2,
+    splat,
+    store,
+    store_bf16,
+    sum_of,
+)
+from fastsskd_kernels.tiles import SIDE
+
+PACKED = 2
+"""Factors whose tiles a head's work needs at a time."""
+
+
+@njit_parallel
+def forward(qkv, scale, kept, probs, rooms, nothing, ticket, out):
+    """qkv (B, N, 3, H, D), out (B, N, H, D), probs (B, H, N, N), all bf16.
+
+    scale: float32, of the scores as powers of 2.
+    kept: whether all probabilities are; else probs is (threads, 1, N, N), room.
+    rooms: each thread's, uninitialised: (threads, PACKED, N D) and (threads, SIDE max(N, D)) bf16 for tiles;
+        (threads, SIDE, N) and (threads, SIDE SIDE) float32.
+    nothing: (D,) float32 zeros, a bias. ticket: one zero.
+    """
+    for thread in prange(len(rooms[0])):
+        packed, block, scores, square = rooms[0][thread], rooms[1][thread], rooms[2][thread], rooms[3][thread]
+        clips, n, _, heads, d = qkv.shape
+        numbers, flat, stride = qkv.reshape(-1), out.reshape(-1), 3 * heads * d
+        tiles.configure()
+        task = tiles.next_ticket(ticket)
+        while task < clips * heads:
+            clip, head = task // heads, task % heads
+            q, o = (clip * n * 3 * heads + head) * d, (clip * n * heads + head) * d
+            k, v = q + heads * d, q + 2 * heads * d
+            p = probs[clip, head] if kept else probs[thread, 0]
+            pack_second(numbers, k, stride, False, 0, d, 0, n, packed[0])
+            pack_second(numbers, v, stride, True, 0, n, 0, d, packed[1])
+            for i in range(0, n, SIDE):
+                multiply_rows(numbers, q, stride, d, i, packed[0], block, scores)
+                for row in range(SIDE):
+                    softmax(scores, row, scale, p, i + row)
+                pack_first(p.reshape(-1), 0, n, True, 0, n, i, i + SIDE, block)
+                write_rows(block, packed[1], n, d, square, nothing, flat, o + i * heads * d, heads * d)
+            task = tiles.next_ticket(ticket)
+        tiles.release()
+        fence()
+
+
+@njit_parallel
+def backward(grad, qkv, scale, probs, rooms, slopes, nothing, ticket, out):
+    """out (B, N, 3, H, D), the gradient of qkv, from grad (B, N, H, D), that of ``forward``'s out.
+
+    scale: float32, of the scores. slopes: (threads, N, N) bf16, room. The others as there.
+    """
+    for thread in prange(len(rooms[0])):
+        packed, block, scores, square = rooms[0][thread], rooms[1][thread], rooms[2][thread], rooms[3][thread]
+        clips, n, _, heads, d = qkv.shape
+        numbers, above, flat, stride = qkv.reshape(-1), grad.reshape(-1), out.reshape(-1), 3 * heads * d
+        ds = slopes[thread]
+        tiles.configure()
+        task = tiles.next_ticket(ticket)
+        while task < clips * heads:
+            clip, head = task // heads, task % heads
+            q, o = (clip * n * 3 * heads + head) * d, (clip * n * heads + head) * d
+            k, v = q + heads * d, q + 2 * heads * d
+            p = probs[clip, head]
+            # By rows, one for each query: ds through the softmax from do v', and dq = ds k.
+            pack_second(numbers, v, stride, False, 0, d, 0, n, packed[0])
+            pack_second(numbers, k, stride, True, 0, n, 0, d, packed[1])
+            for i in range(0, n, SIDE):
+                multiply_rows(above, o, heads * d, d, i, packed[0], block, scores)
+                for row in range(SIDE):
+                    softmax_gradient(scores, row, scale, p, ds, i + row)
+                pack_first(ds.reshape(-1), 0, n, True, 0, n, i, i + SIDE, block)
+                write_rows(block, packed[1], n, d, square, nothing, flat, q + i * stride, stride)
+            # By columns, one for each key: dv = p' do, and dk = ds' q.
+            pack_second(above, o, heads * d, True, 0, n, 0, d, packed[0])
+            pack_second(numbers, q, stride, True, 0, n, 0, d, packed[1])
+            for i in range(0, n, SIDE):
+                pack_first(p.reshape(-1), 0, n, False, 0, n, i, i + SIDE, block)
+                write_rows(block, packed[0], n, d, square, nothing, flat, v + i * stride, stride)
+                pack_first(ds.reshape(-1), 0, n, False, 0, n, i, i + SIDE, block)
+                write_rows(block, packed[1], n, d, square, nothing, flat, k + i * stride, stride)
+            task = tiles.next_ticket(ticket)
+        tiles.release()
+        fence()
+
+
+@njit
+def multiply_rows(a, corner, stride, depth, first, packed, block, sums):
+    """sums (SIDE, C) float32 = SIDE rows of a matrix, from ``first`` on, times the packed columns."""
+    pack_first(a, corner, stride, True, 0, depth, first, first + SIDE, block)
+    flat, columns = sums.reshape(-1), sums.shape[1]
+    for column in range(0, columns, SIDE):
+        tiles.clear()
+        add_products(block, 0, packed, column * depth, depth * 16)
+        tiles.keep(flat, column, columns)
+
+
+@njit
+def write_rows(block, packed, depth, columns, square, nothing, out, there, stride):
+    """SIDE packed rows times the packed columns, rounded, to rows from out[there] on, ``stride`` apart."""
+    for column in range(0, columns, SIDE):
+        tiles.clear()
+        add_products(block, 0, packed, column * depth, depth * 16)
+        write_square(square, nothing, column, out, there + column, stride)
+
+
+@njit
+def softmax(scores, row, scale, out, to):
+    """out[to] (bf16) = the powers of 2 of scale * scores[row] (float32) over their sum; the scores are lost.
+
+    scale > 0.
+    """
+    size = scores.shape[1]
+    top, beside = load(scores, row, 0), load(scores, row, LANES)
+    for i in range(SIDE, size, SIDE):
+        top = largest(top, load(scores, row, i))
+        beside = largest(beside, load(scores, row, i + LANES))
+    top, factor = splat(largest_of(largest(top, beside))), splat(scale)
+    total = splat(np.float32(0.0))
+    for i in range(0, size, SIDE):
+        power = power_of_2((load(scores, row, i) - top) * factor)
+        another = power_of_2((load(scores, row, i + LANES) - top) * factor)
+        store(scores, row, i, power)
+        store(scores, row, i + LANES, another)
+        total = total + (power + another)
+    factor = splat(np.float32(1.0) / sum_of(total))
+    for i in range(0, size, LANES):
+        store_bf16(out, to, i, load(scores, row, i) * factor)
+
+
+@njit
+def softmax_gradient(grad, row, scale, probs, out, to):
+    """out[to] (bf16) = scale * p (g - the mean of g, weighted by p): g is grad[row] (float32), p is probs[to]."""
+    size = grad.shape[1]
+    total = splat(np.float32(0.0))
+    for i in range(0, size, LANES):
+        total = total + load(grad, row, i) * load_bf16(probs, to, i)
+    mean, factor = splat(sum_of(total)), splat(scale)
+    for i in range(0, size, LANES):
+        store_bf16(out, to, i, load_bf16(probs, to, i) * (load(grad, row, i) - mean) * factor)
