@@ -5,7 +5,7 @@ from numba import prange
 
 from fastsskd_kernels import tiles
 from fastsskd_kernels.compile import njit, njit_parallel
-from fastsskd_kernels.product_cpu import add_products, pack_first, pack_second, write_square
+from fastsskd_kernels.product_cpu import NOTHING, add_products, pack_first, pack_second, write
 from fastsskd_kernels.simd import (
     LANES,
     fence,
@@ -26,41 +26,44 @@ PACKED = 2
 
 
 @njit_parallel
-def forward(qkv, scale, kept, probs, rooms, nothing, ticket, out):
+def forward(qkv, scale, kept, probs, rooms, zeros, ticket, out):
     """qkv (B, N, 3, H, D), out (B, N, H, D), probs (B, H, N, N), all bf16.
 
     scale: float32, of the scores as powers of 2.
     kept: whether all probabilities are; else probs is (threads, 1, N, N), room.
     rooms: each thread's, uninitialised: (threads, PACKED, N D) and (threads, SIDE max(N, D)) bf16 for tiles;
         (threads, SIDE, N) and (threads, SIDE SIDE) float32.
-    nothing: (D,) float32 zeros, a bias. ticket: one zero.
+    zeros: (D,) float32, a bias. ticket: one zero.
     """
     for thread in prange(len(rooms[0])):
         packed, block, scores, square = rooms[0][thread], rooms[1][thread], rooms[2][thread], rooms[3][thread]
         clips, n, _, heads, d = qkv.shape
-        numbers, flat, stride = qkv.reshape(-1), out.reshape(-1), 3 * heads * d
+        numbers, flat, stride, width = qkv.reshape(-1), out.reshape(-1), 3 * heads * d, heads * d
+        later = NOTHING
         tiles.configure()
         task = tiles.next_ticket(ticket)
         while task < clips * heads:
             clip, head = task // heads, task % heads
-            q, o = (clip * n * 3 * heads + head) * d, (clip * n * heads + head) * d
-            k, v = q + heads * d, q + 2 * heads * d
+            q, o = clip * n * stride + head * d, clip * n * width + head * d
+            k, v = q + width, q + 2 * width
             p = probs[clip, head] if kept else probs[thread, 0]
             pack_second(numbers, k, stride, False, 0, d, 0, n, packed[0])
             pack_second(numbers, v, stride, True, 0, n, 0, d, packed[1])
             for i in range(0, n, SIDE):
-                multiply_rows(numbers, q, stride, d, i, packed[0], block, scores)
+                pack_first(numbers, q, stride, True, 0, d, i, i + SIDE, block)
+                multiply(block, packed[0], d, scores, square, zeros, flat, width, later)
                 for row in range(SIDE):
                     softmax(scores, row, scale, p, i + row)
                 pack_first(p.reshape(-1), 0, n, True, 0, n, i, i + SIDE, block)
-                write_rows(block, packed[1], n, d, square, nothing, flat, o + i * heads * d, heads * d)
+                later = multiply_to(block, packed[1], n, d, o + i * width, square, zeros, flat, width, NOTHING)
             task = tiles.next_ticket(ticket)
+        write(square, zeros, flat, width, later)
         tiles.release()
         fence()
 
 
 @njit_parallel
-def backward(grad, qkv, scale, probs, rooms, slopes, nothing, ticket, out):
+def backward(grad, qkv, scale, probs, rooms, slopes, zeros, ticket, out):
     """out (B, N, 3, H, D), the gradient of qkv, from grad (B, N, H, D), that of ``forward``'s out.
 
     scale: float32, of the scores. slopes: (threads, N, N) bf16, room. The others as there.
@@ -68,55 +71,60 @@ def backward(grad, qkv, scale, probs, rooms, slopes, nothing, ticket, out):
     for thread in prange(len(rooms[0])):
         packed, block, scores, square = rooms[0][thread], rooms[1][thread], rooms[2][thread], rooms[3][thread]
         clips, n, _, heads, d = qkv.shape
-        numbers, above, flat, stride = qkv.reshape(-1), grad.reshape(-1), out.reshape(-1), 3 * heads * d
-        ds = slopes[thread]
+        numbers, above, flat = qkv.reshape(-1), grad.reshape(-1), out.reshape(-1)
+        stride, width, ds = 3 * heads * d, heads * d, slopes[thread]
+        later = NOTHING
         tiles.configure()
         task = tiles.next_ticket(ticket)
         while task < clips * heads:
             clip, head = task // heads, task % heads
-            q, o = (clip * n * 3 * heads + head) * d, (clip * n * heads + head) * d
-            k, v = q + heads * d, q + 2 * heads * d
+            q, o = clip * n * stride + head * d, clip * n * width + head * d
+            k, v = q + width, q + 2 * width
             p = probs[clip, head]
             # By rows, one for each query: ds through the softmax from do v', and dq = ds k.
             pack_second(numbers, v, stride, False, 0, d, 0, n, packed[0])
             pack_second(numbers, k, stride, True, 0, n, 0, d, packed[1])
             for i in range(0, n, SIDE):
-                multiply_rows(above, o, heads * d, d, i, packed[0], block, scores)
+                pack_first(above, o, width, True, 0, d, i, i + SIDE, block)
+                multiply(block, packed[0], d, scores, square, zeros, flat, stride, later)
                 for row in range(SIDE):
                     softmax_gradient(scores, row, scale, p, ds, i + row)
                 pack_first(ds.reshape(-1), 0, n, True, 0, n, i, i + SIDE, block)
-                write_rows(block, packed[1], n, d, square, nothing, flat, q + i * stride, stride)
+                later = multiply_to(block, packed[1], n, d, q + i * stride, square, zeros, flat, stride, NOTHING)
             # By columns, one for each key: dv = p' do, and dk = ds' q.
-            pack_second(above, o, heads * d, True, 0, n, 0, d, packed[0])
+            pack_second(above, o, width, True, 0, n, 0, d, packed[0])
             pack_second(numbers, q, stride, True, 0, n, 0, d, packed[1])
             for i in range(0, n, SIDE):
                 pack_first(p.reshape(-1), 0, n, False, 0, n, i, i + SIDE, block)
-                write_rows(block, packed[0], n, d, square, nothing, flat, v + i * stride, stride)
+                later = multiply_to(block, packed[0], n, d, v + i * stride, square, zeros, flat, stride, later)
                 pack_first(ds.reshape(-1), 0, n, False, 0, n, i, i + SIDE, block)
-                write_rows(block, packed[1], n, d, square, nothing, flat, k + i * stride, stride)
+                later = multiply_to(block, packed[1], n, d, k + i * stride, square, zeros, flat, stride, later)
             task = tiles.next_ticket(ticket)
+        write(square, zeros, flat, stride, later)
         tiles.release()
         fence()
 
 
 @njit
-def multiply_rows(a, corner, stride, depth, first, packed, block, sums):
-    """sums (SIDE, C) float32 = SIDE rows of a matrix, from ``first`` on, times the packed columns."""
-    pack_first(a, corner, stride, True, 0, depth, first, first + SIDE, block)
+def multiply(block, packed, depth, sums, square, zeros, out, stride, later):
+    """sums (SIDE, C) float32 = SIDE packed rows times the packed columns; ``later`` is done, see ``add_products``."""
     flat, columns = sums.reshape(-1), sums.shape[1]
     for column in range(0, columns, SIDE):
         tiles.clear()
-        add_products(block, 0, packed, column * depth, depth * 16)
+        add_products(block, 0, packed, column * depth, depth * 16, square, zeros, out, stride, later)
         tiles.keep(flat, column, columns)
+        later = NOTHING
 
 
 @njit
-def write_rows(block, packed, depth, columns, square, nothing, out, there, stride):
-    """SIDE packed rows times the packed columns, rounded, to rows from out[there] on, ``stride`` apart."""
+def multiply_to(block, packed, depth, columns, there, square, zeros, out, stride, later):
+    """The same, rounded, to rows of out, from out[there] on. Returns what is left to do."""
     for column in range(0, columns, SIDE):
         tiles.clear()
-        add_products(block, 0, packed, column * depth, depth * 16)
-        write_square(square, nothing, column, out, there + column, stride)
+        add_products(block, 0, packed, column * depth, depth * 16, square, zeros, out, stride, later)
+        tiles.keep(square, 0, SIDE)
+        later = SIDE, 0, there + column
+    return later
 
 
 @njit

@@ -13,6 +13,8 @@ DEEPEST = 3072
 """Places of the sum that are packed at a time: a block's tiles are then 768 KB, less than half of a core's L2 cache."""
 SQUARE = SIDE * SIDE
 """Numbers in a square of the result."""
+NOTHING = 0, 0, 0
+"""Is left to do for the square before: see ``add_products``."""
 
 
 @njit_parallel
@@ -77,6 +79,7 @@ def work(a, stride, by_rows, bias, start, end, last, share, out):
     rows, columns = out.shape
     flat, kept = out.reshape(-1), sums.reshape(-1)
     deep = (end - start) * 16
+    later = NOTHING
     tiles.configure()
     top = tiles.next_ticket(ticket) * BLOCK
     while top < rows:
@@ -89,26 +92,39 @@ def work(a, stride, by_rows, bias, start, end, last, share, out):
                     tiles.resume(kept, there, columns)
                 else:
                     tiles.clear()
-                add_products(block, row * deep // 16, packed, column * deep // 16, deep)
+                left, right = row * deep // 16, column * deep // 16
+                add_products(block, left, packed, right, deep, square, bias, flat, columns, later)
                 if last:
-                    write_square(square, bias, column, flat, there, columns)
+                    tiles.keep(square, 0, SIDE)
+                    later = SIDE, column, there
                 else:
                     tiles.keep(kept, there, columns)
         top = tiles.next_ticket(ticket) * BLOCK
+    write(square, bias, flat, columns, later)
     tiles.release()
     fence()
 
 
 @njit
-def add_products(block, left, packed, right, deep):
-    """To the square of sums: two tiles' rows from ``left`` on times two tiles' columns from ``right`` on."""
+def add_products(block, left, packed, right, deep, square, bias, out, stride, later):
+    """To the sums: two tiles' rows from ``left`` on times two tiles' columns from ``right`` on.
+
+    Meanwhile what is left to do for the square before is done, which costs nothing beside the matrix unit's work: as
+    many of its rows as ``later`` says are written, ``stride`` apart; ``later`` has the column of their bias and the
+    place of the first in out, too.
+    """
+    rows, column, there = later
+    each, row = (rows * TILE + deep - 1) // deep, 0
     for k in range(0, deep, TILE):
         tiles.add_products(block, left + k, left + deep + k, packed, right + k, right + deep + k)
+        for _ in range(min(each, rows - row)):
+            tiles.write_row(square, row * SIDE, bias, column, out, there + row * stride)
+            row += 1
 
 
 @njit
-def write_square(square, bias, column, out, there, stride):
-    """The square of sums plus bias[column:] to bf16 rows from out[there] on, ``stride`` apart; ``square`` is room."""
-    tiles.keep(square, 0, SIDE)
-    for i in range(SIDE):
-        tiles.write_row(square, i * SIDE, bias, column, out, there + i * stride)
+def write(square, bias, out, stride, later):
+    """What is left to do for the last square."""
+    rows, column, there = later
+    for row in range(rows):
+        tiles.write_row(square, row * SIDE, bias, column, out, there + row * stride)
