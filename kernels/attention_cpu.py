@@ -138,11 +138,11 @@ def softmax(scores, row, scale, out, to):
     for i in range(SIDE, size, SIDE):
         top = largest(top, load(scores, row, i))
         beside = largest(beside, load(scores, row, i + LANES))
-    top, factor = splat(largest_of(largest(top, beside))), splat(scale)
+    top, factor = splat(largest_of(largest(top, beside)) * scale), splat(scale)
     total = splat(np.float32(0.0))
     for i in range(0, size, SIDE):
-        power = power_of_2((load(scores, row, i) - top) * factor)
-        another = power_of_2((load(scores, row, i + LANES) - top) * factor)
+        power = power_of_2(load(scores, row, i) * factor - top)
+        another = power_of_2(load(scores, row, i + LANES) * factor - top)
         store(scores, row, i, power)
         store(scores, row, i + LANES, another)
         total = total + (power + another)
