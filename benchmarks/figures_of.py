@@ -74,6 +74,16 @@ def _train_step(result: dict) -> dict[str, Figure]:
     return {name: of_samples(row["seconds"], "s", False) for name, row in rows.items() if row["seconds"]}
 
 
+def _matrix_unit(result: dict) -> dict[str, Figure]:
+    found = {}
+    for name, row in result.get("rows", {}).items():
+        for side in ("ours", "torch"):
+            median, spared = row[side]["median_ms"], row[side]["spared_ms"]
+            # As of the kernels: of the slow ones nothing is kept.
+            found[f"{name}, {side}"] = Figure(median, spared, 2 * median - spared, "ms", False, side == "ours")
+    return found
+
+
 def _teach(result: dict) -> dict[str, Figure]:
     return {name: of_samples(samples, "s", False) for name, samples in result.get("seconds", {}).items()}
 
@@ -108,6 +118,7 @@ READERS = {
     "throughput": _throughput,
     "train_step": _train_step,
     "train_step_gpu": _train_step,
+    "matrix_unit": _matrix_unit,
     "teach": _teach,
     "plan": _plan,
     "scale": _scale,

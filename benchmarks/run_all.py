@@ -44,6 +44,7 @@ class Script:
 SCRIPTS = (
     Script("kernels", "kernels.py", 6, ("--rounds", "9")),
     Script("train_step", "train_step.py", 25),
+    Script("matrix_unit", "matrix_unit.py", 2),
     Script("throughput", "throughput.py", 35, ("--rounds", "3", "--window", "3")),
     Script("teach", "teach.py", 6),
     Script("scale", "scale.py", 8),

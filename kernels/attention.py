@@ -1,7 +1,8 @@
 """Self-attention of bf16 numbers on a CPU with a matrix unit (AMX), and its gradient.
 
 A head of a clip at a time: scores, softmax and the product with the values follow each other while the numbers are in a
-core's cache, and scores are never rounded. Plain products in float64 are the truth (tests/test_attention.py).
+core's cache, and scores are never rounded. Plain products in float64 are the truth
+(tests/test_attention_kernel.py); how far it is ahead of torch's, benchmarks/matrix_unit.py says.
 """
 
 import math

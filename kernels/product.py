@@ -1,9 +1,10 @@
 """Products of bf16 matrices on a CPU with a matrix unit (Intel's AMX), as a training step has them.
 
 oneDNN's, which are torch's, give each core the same share, so that the slower core sets the pace where neighbours share
-a processor; and a weight's gradient, which adds up over thousands of tokens, they do at half the rate of the others.
+a processor; and a weight's gradient, which adds up over thousands of tokens, they do more slowly than the rest.
 Here each thread takes the next rows when it has done its own, factors that lie by columns are turned while they are
-packed, and the result goes past the cache, straight to memory. Torch's product is the truth (tests/test_product.py).
+packed, and the result goes past the cache, straight to memory. Torch's product is the truth (tests/test_product.py); how
+far it is ahead, benchmarks/matrix_unit.py says.
 """
 
 import numpy as np

@@ -14,6 +14,7 @@ import soundfile
 import torch
 
 from fastsskd import manifest
+from fastsskd_kernels import tiles
 
 pytest.importorskip("nvidia.dali")
 
@@ -192,6 +193,22 @@ def test_smoke_kernels(tmp_path):
     rows = [row for table in ("fbank", "hog", "fused", "threads", "masks") for row in found[table].values()]
     assert len(rows) > 20 and all(0 < row["best_ms"] <= row["median_ms"] for row in rows)
     assert len(found["verdicts"]) == 9 and "## threads" in (tmp_path / "kernels.md").read_text()
+
+
+@pytest.mark.slow
+def test_smoke_matrix_unit(tmp_path, script):
+    """What both sides give is compared before it is timed; without the unit the page says that there is none."""
+    rows, text = smoke("matrix_unit", tmp_path)["rows"], (tmp_path / "matrix_unit.md").read_text()
+    assert len(rows) == (15 if tiles.available() else 0) and ("Not measured" in text) == (not rows)
+    assert all(row["ratio"] > 0 and row["ours"]["teraflops"] > 0 for row in rows.values())
+    assert len(script("figures_of").figures_of("matrix_unit", {"rows": rows})) == 2 * len(rows)
+
+
+def test_two_sides_that_differ_are_not_timed(script):
+    unit = script("matrix_unit")
+    pair = unit.Pair(lambda: torch.ones(3), lambda: torch.ones(3) * 1.02, 1.0)
+    with pytest.raises(SystemExit, match=r"a pair: the two sides are 0.02 apart; nothing was timed"):
+        pair.check("a pair")
 
 
 @pytest.mark.slow
