@@ -1,9 +1,9 @@
 """Self-attention of the blocks: torch's fused one, but for bf16 on a CPU, where training has its own.
 
 There the backward pass of torch's fused attention takes two to four times as long as plain products do, with 128 to 512
-tokens. With a matrix unit attention is a kernel of ours, in half of that time (benchmarks/matrix_unit.py). Without one it
-is plain products. They write the probabilities, 100 MB a block for 16 clips of the base model, and read them twice; a
-clip at a time, what one product has written is still in the cache for the next.
+tokens. With a matrix unit attention is a kernel of ours, in half of that time (benchmarks/matrix_unit.py). Without one
+it is plain products. They write the probabilities, 100 MB a block for 16 clips of the base model, and read them twice;
+a clip at a time, what one product has written is still in the cache for the next.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 oneDNN's, which are torch's, give each core the same share, so that the slower core sets the pace where neighbours share
 a processor; and a weight's gradient, which adds up over thousands of tokens, they do more slowly than the rest.
 Here each thread takes the next rows when it has done its own, factors that lie by columns are turned while they are
-packed, and the result goes past the cache, straight to memory. Torch's product is the truth (tests/test_product.py); how
-far it is ahead, benchmarks/matrix_unit.py says.
+packed, and the result goes past the cache, straight to memory. Torch's product is the truth (tests/test_product.py);
+how far ours is ahead, benchmarks/matrix_unit.py says.
 """
 
 import numpy as np

@@ -121,8 +121,8 @@ load_but_first, load_but_last = _define_load_but(0), _define_load_but(LANES - 1)
 """load_but_first(array, row, column, other) -> Lanes: as ``load``, but the first lane is ``other``'s; or the last."""
 
 
-def _define_function(name: str, llvms: str, count: int = 1):
-    """An intrinsic of so many vectors that is one of LLVM's own functions."""
+def _define_function(llvms: str, count: int):
+    """An intrinsic of one vector or two that is one of LLVM's own functions."""
 
     def generate(context, builder, signature, arguments):
         return _call_llvm(builder, llvms, arguments)
@@ -142,9 +142,9 @@ def _define_function(name: str, llvms: str, count: int = 1):
     return of_vectors
 
 
-square_root = _define_function("square_root", "sqrt")
+square_root = _define_function("sqrt", 1)
 """square_root(vector) -> Lanes."""
-largest = _define_function("largest", "maxnum", 2)
+largest = _define_function("maxnum", 2)
 """largest(a, b) -> Lanes: of each lane the larger number."""
 
 
@@ -183,7 +183,7 @@ def power_of_2(typingctx, vector):
             return ir.Constant(_VECTOR, [value] * LANES)
 
         words = ir.VectorType(cgutils.int32_t, LANES)
-        # The second operand is what comes out where the first is NaN: a NaN.
+        # A NaN is not less than anything, and stays.
         given = builder.select(builder.fcmp_ordered("<", arguments[0], every(-126.0)), every(-126.0), arguments[0])
         whole = _call_llvm(builder, "rint", [given])
         left = builder.fsub(given, whole)
