@@ -135,12 +135,12 @@ def softmax(scores, row, scale, out, to):
     """
     size = scores.shape[1]
     top, beside = load(scores, row, 0), load(scores, row, LANES)
-    for i in range(SIDE, size, SIDE):
+    for i in range(2 * LANES, size, 2 * LANES):
         top = largest(top, load(scores, row, i))
         beside = largest(beside, load(scores, row, i + LANES))
     top, factor = splat(largest_of(largest(top, beside)) * scale), splat(scale)
     total = splat(np.float32(0.0))
-    for i in range(0, size, SIDE):
+    for i in range(0, size, 2 * LANES):
         power = power_of_2(load(scores, row, i) * factor - top)
         another = power_of_2(load(scores, row, i + LANES) * factor - top)
         store(scores, row, i, power)

@@ -26,16 +26,6 @@ _CONTRACT = ("contract",)
 _POWER = [math.log(2.0) ** i / math.factorial(i) for i in range(6)]
 
 
-class BFloat(ir.Type):
-    """LLVM's type, which llvmlite does not name."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-
-_BFLOATS = ir.VectorType(BFloat(), LANES)
-
-
 class Lanes(types.Type):
     """The type of LANES float32 numbers."""
 
@@ -230,8 +220,13 @@ def store_bf16(typingctx, array, row, column, value):
     def generate(context, builder, signature, arguments):
         row, column = _index(context, builder, signature, arguments, (1, 2))
         there = _address_2d(context, builder, signature.args[0], arguments[0], row, column)
-        rounded = builder.fptrunc(arguments[3], _BFLOATS)
-        builder.store(rounded, builder.bitcast(there, _BFLOATS.as_pointer()), align=2)
+        # As bf16_cpu.narrow: not all processors round to bf16, and numba has not what LLVM calls in its place.
+        words, halves = ir.VectorType(cgutils.int32_t, LANES), ir.VectorType(ir.IntType(16), LANES)
+        whole, upper = builder.bitcast(arguments[3], words), ir.Constant(words, [16] * LANES)
+        odd = builder.and_(builder.lshr(whole, upper), ir.Constant(words, [1] * LANES))
+        rounded = builder.add(builder.add(whole, ir.Constant(words, [0x7FFF] * LANES)), odd)
+        rounded = builder.trunc(builder.lshr(rounded, upper), halves)
+        builder.store(rounded, builder.bitcast(there, halves.as_pointer()), align=2)
         return context.get_dummy_value()
 
     return types.none(array, row, column, value), generate

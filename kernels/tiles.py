@@ -16,8 +16,6 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fastsskd_kernels.simd import BFloat
-
 TILE = 512
 """bf16 numbers."""
 SIDE = 32
@@ -27,7 +25,16 @@ _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # of the x86-64 
 _BYTE, _SHORT, _WORD, _LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _LANES = ir.VectorType(_WORD, _ROWS)
 _FLOATS = ir.VectorType(ir.FloatType(), _ROWS)
-_BFLOATS = ir.VectorType(BFloat(), _ROWS)
+
+
+class _BFloat(ir.Type):
+    """LLVM's type, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+
+_BFLOATS = ir.VectorType(_BFloat(), _ROWS)
 
 
 @cache
